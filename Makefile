@@ -1,0 +1,33 @@
+# Every target makes its own virtual environment: one command is all the set-up.
+PYTHON ?= python3
+EXTRAS ?= dev
+comma := ,
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
+
+.PHONY: quickstart test lint bench clean
+
+quickstart: $(READY)
+	$(RUN) -m launch.quickstart
+
+test: $(READY)
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/pyrefly check
+
+# torch and transformers are the opponents: the extra `port-check`
+bench:
+	$(MAKE) lint EXTRAS=dev,port-check
+	$(RUN) -m benchmarks.towers_vs_transformers
+
+clean:
+	rm -rf $(VENV) runs
+
+$(READY): setup.py constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@

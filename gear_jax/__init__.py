@@ -1,0 +1,3 @@
+"""gear_jax: GEAR-VLA in JAX."""
+
+__version__ = "0.1.0"

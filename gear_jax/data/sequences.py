@@ -1,0 +1,102 @@
+"""Token rows: the only place that knows token order. So far: where each token stands in m-rope."""
+
+import math
+
+import numpy as np
+
+TEXT, IMAGE, VIDEO = 0, 1, 2
+
+
+def mrope_positions(
+    token_types,
+    valid,
+    image_grids,
+    video_grids,
+    *,
+    spatial_merge=2,
+    tokens_per_second=2.0,
+    seconds_per_grid=None,
+):
+    """Time, height and width position of every token (ported_models.md A5).
+
+    Text counts up on all three axes. An image or video starts there and spreads over its merged
+    grid; the next token starts max(rows, columns) of merged units later.
+
+    Args:
+        token_types: int[B, T], `TEXT`, `IMAGE` or `VIDEO`.
+        valid: bool[B, T], False for padding, on either side.
+        image_grids: int[n, 3], frames, patch rows and columns of all rows' images in order.
+        video_grids: int[m, 3], likewise of videos.
+        spatial_merge: patches along one side of a merged unit.
+        tokens_per_second: positions on the time axis that one second of video takes.
+        seconds_per_grid: float[m], seconds between two frame groups of each video; needed for
+            videos.
+
+    Returns:
+        positions int32[3, B, T], 0 at padding; delta int32[B], the position of the first token to
+        come minus the number of valid tokens.
+
+    Raises:
+        ValueError: the image or video tokens of a row are not those of the next grids, or grids are
+            left over.
+    """
+    token_types, valid = np.asarray(token_types), np.asarray(valid, bool)
+    positions = np.zeros((3, *token_types.shape), np.int32)
+    delta = np.zeros(len(token_types), np.int32)
+    waiting = {
+        IMAGE: [(grid, 1.0) for grid in np.asarray(image_grids).reshape(-1, 3).tolist()],
+        VIDEO: _timed(video_grids, tokens_per_second, seconds_per_grid),
+    }
+    for row, (types, here) in enumerate(zip(token_types, valid, strict=True)):
+        kinds = types[here]
+        parts, start, index = [], 0, 0
+        while index < len(kinds):
+            if kinds[index] == TEXT:
+                count = next(
+                    (i for i, k in enumerate(kinds[index:]) if k != TEXT), len(kinds) - index
+                )
+                parts.append(np.broadcast_to(np.arange(start, start + count), (3, count)))
+                start += count
+            else:
+                name = "image" if kinds[index] == IMAGE else "video"
+                count, part, step = _grid(
+                    waiting[int(kinds[index])], start, spatial_merge, name, row
+                )
+                if not np.all(kinds[index : index + count] == kinds[index]) or index + count > len(
+                    kinds
+                ):
+                    found = np.count_nonzero(kinds[index : index + count] == kinds[index])
+                    raise ValueError(
+                        f"row {row} has {found} {name} tokens where its next grid gives {count}"
+                    )
+                parts.append(part)
+                start += step
+            index += count
+        if parts:
+            joined = np.concatenate(parts, axis=1)
+            positions[:, row, here] = joined
+            delta[row] = joined.max() + 1 - len(kinds)
+    for kind, name in ((IMAGE, "image"), (VIDEO, "video")):
+        if waiting[kind]:
+            raise ValueError(f"{len(waiting[kind])} {name} grids belong to no row")
+    return positions, delta
+
+
+def _timed(grids, tokens_per_second, seconds_per_grid):
+    """(grid, positions between two frame groups) of each video."""
+    grids = np.asarray(grids).reshape(-1, 3).tolist()
+    seconds = [] if seconds_per_grid is None else np.asarray(seconds_per_grid).ravel().tolist()
+    if len(seconds) != len(grids) and grids:
+        raise ValueError(f"{len(grids)} videos but {len(seconds)} seconds_per_grid")
+    return [(grid, tokens_per_second * s) for grid, s in zip(grids, seconds, strict=True)]
+
+
+def _grid(waiting, start, merge, name, row):
+    """(tokens, positions [3, tokens], advance) of the next image or video."""
+    if not waiting:
+        raise ValueError(f"row {row} has {name} tokens but no {name} grid is left")
+    (frames, rows, columns), step = waiting.pop(0)
+    height, width = rows // merge, columns // merge
+    t, h, w = np.mgrid[:frames, :height, :width].reshape(3, -1)
+    t = np.array([math.floor(i * step) for i in range(frames)])[t]
+    return frames * height * width, start + np.stack([t, h, w]), max(height, width)

@@ -1,0 +1,324 @@
+"""A directory of safetensors files -> named tensors, trusting nothing.
+
+Headers are read and checked here, byte by byte, before any library opens a file: sizes, offsets,
+key names and file names are somebody else's claims. Nothing is ever unpickled. Tensors are read in
+parts, with `pread`, so that memory stays bounded and a file cut short meanwhile is an error, not a
+crash.
+Faults: reliability.md 2h.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2,
+    "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+_MAX_JSON = 16 << 20  # bytes; the header of a 7B model has 90 thousand
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_INDEX = "model.safetensors.index.json"
+_EXPONENT = {
+    "F32": (np.uint32, 0x7F800000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be trusted or does not fit; one sentence that names file and key."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one foreign tensor lies: name in the file, file, safetensors dtype, shape."""
+
+    key: str
+    file: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self, start=0, stop=None):
+        """Rows start .. stop of the first axis as a NumPy array (all of it when there is no axis).
+
+        Raises:
+            CheckpointError: the file cannot be read any more, or holds NaN or infinity here.
+        """
+        try:
+            with safe_open(self.file, framework="numpy", backend="pread") as opened:
+                view = opened.get_slice(self.key)
+                array = view[start:stop] if self.shape else opened.get_tensor(self.key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.file.name}: cannot read key {self.key!r}: {error}"
+            ) from error
+        bits, exponent = _EXPONENT[self.dtype]
+        if np.any((array.view(bits) & bits(exponent)) == bits(exponent)):
+            raise CheckpointError(f"{self.file.name}: key {self.key!r} holds NaN or infinity")
+        return array
+
+
+def load_json(path):
+    """The object in a JSON file of at most 16 MiB.
+
+    Raises:
+        CheckpointError: absent, too large, not UTF-8, not JSON, not an object, or a key twice.
+    """
+    path = pathlib.Path(path)
+    try:
+        size = path.stat().st_size
+        if size > _MAX_JSON:
+            raise CheckpointError(f"{path.name}: {size} bytes; at most {_MAX_JSON} are expected")
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror} ({path})") from error
+    return _parse(data, path.name)
+
+
+def _parse(data, name):
+    def no_duplicates(pairs):
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in made if keys.count(key) > 1)
+            raise CheckpointError(f"{name}: key {twice!r} stands there twice")
+        return made
+
+    try:
+        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except CheckpointError:
+        raise
+    except RecursionError as error:
+        raise CheckpointError(f"{name}: JSON nested too deep") from error
+    except ValueError as error:
+        raise CheckpointError(f"{name}: not valid UTF-8 JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{name}: expected a JSON object, found {type(parsed).__name__}")
+    return parsed
+
+
+def read_header(path):
+    """Tensors of one safetensors file, {key: Tensor}, after checking every claim of its header.
+
+    Raises:
+        CheckpointError: anything but a well-formed file whose tensors cover its bytes exactly once.
+    """
+    name = path.name
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(
+                    f"{name}: {size} bytes cannot hold the header of {length} bytes it announces: "
+                    "not a safetensors file, or cut short"
+                )
+            if length > _MAX_JSON:
+                raise CheckpointError(
+                    f"{name}: header of {length} bytes; at most {_MAX_JSON} expected"
+                )
+            header = _parse(file.read(length), name)
+    except OSError as error:
+        raise CheckpointError(f"{name}: cannot be read: {error.strerror} ({path})") from error
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for key, entry in header.items():
+        dtype, shape, begin, end = _claims(name, key, entry)
+        tensors[key] = Tensor(key, path, dtype, shape)
+        spans.append((begin, end, key))
+    place = 0
+    for begin, end, key in sorted(spans):
+        if begin != place:
+            raise CheckpointError(
+                f"{name}: key {key!r} begins at byte {begin} of the data, expected {place}: "
+                "tensors overlap or leave a hole"
+            )
+        place = end
+    if place != size - 8 - length:
+        last = max(spans, default=(0, 0, None))[2]
+        raise CheckpointError(
+            f"{name}: {size - 8 - length} bytes of data, but its tensors, of which {last!r} is the "
+            f"last, end at {place}"
+        )
+    return tensors
+
+
+def _claims(name, key, entry):
+    """(dtype, shape, begin, end) of one header entry."""
+
+    def whole(values, count=None):
+        fine = isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+        return fine and count in (None, len(values))
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{name}: key {key!r} has no plain dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _SIZES:
+        raise CheckpointError(f"{name}: key {key!r} has unknown dtype {dtype!r}")
+    if not whole(shape) or not whole(offsets, 2):
+        raise CheckpointError(
+            f"{name}: key {key!r} has shape {str(shape)[:80]} and data_offsets "
+            f"{str(offsets)[:80]}: expected lists of whole numbers from 0"
+        )
+    needed = _SIZES[dtype]
+    for side in shape:
+        needed *= side
+    if offsets[1] - offsets[0] != needed:
+        raise CheckpointError(
+            f"{name}: key {key!r}, {dtype} of shape {str(shape)[:80]}, needs {str(needed)[:40]} "
+            f"bytes but has offsets {offsets}"
+        )
+    return dtype, tuple(shape), *offsets
+
+
+def open_directory(directory, parts=None):
+    """All tensors of a checkpoint directory, {key: Tensor}.
+
+    Args:
+        directory: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
+        parts: names of the safetensors files that make up the checkpoint, where its format has
+            other names; then no index is looked for.
+
+    Raises:
+        CheckpointError: nothing usable, something ambiguous, or any fault of a file.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: no such directory; expected one with safetensors files"
+        )
+    if parts is not None:
+        files, index = list(parts), None
+    else:
+        files, index = _listed(directory)
+    paths = [_inside(directory, name) for name in files]
+    _verify_sums(directory, paths)
+    tensors = {}
+    for path in paths:
+        for key, tensor in read_header(path).items():
+            if key in tensors:
+                raise CheckpointError(
+                    f"{path.name}: key {key!r} is also in {tensors[key].file.name}"
+                )
+            tensors[key] = tensor
+    if index is not None:
+        _compare_index(index, tensors)
+    return tensors
+
+
+def _listed(directory):
+    """File names of a Hugging Face checkpoint, and its index {key: file name} or None."""
+    single, index = directory / "model.safetensors", directory / _INDEX
+    if single.exists() and index.exists():
+        raise CheckpointError(
+            f"{directory}: both model.safetensors and {_INDEX} are there: remove one"
+        )
+    if single.exists():
+        return ["model.safetensors"], None
+    if not index.exists():
+        names = sorted(path.name for path in directory.iterdir())
+        if pickled := [name for name in names if name.endswith(_PICKLED)]:
+            raise CheckpointError(
+                f"{pickled[0]}: pickled weights can run code and are never opened; save the "
+                "model as safetensors (transformers: save_pretrained)"
+            )
+        raise CheckpointError(
+            f"{directory}: neither model.safetensors nor {_INDEX} is there, only {names[:5]}"
+        )
+    listed = load_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise CheckpointError(f"{_INDEX}: expected 'weight_map', an object of key: file name")
+    if not listed:
+        raise CheckpointError(f"{_INDEX}: 'weight_map' is empty")
+    for key, name in listed.items():
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise CheckpointError(
+                f"{_INDEX}: key {key!r} lies in {name!r}: expected the plain name of a "
+                ".safetensors file"
+            )
+    for key, name in listed.items():
+        if not (directory / name).exists():
+            raise CheckpointError(f"{_INDEX}: key {key!r} lies in {name!r}, which is not there")
+    return sorted(set(listed.values())), listed
+
+
+def _inside(directory, name):
+    """The path of a file; a link may lead only into the directory or its hub cache's `blobs`."""
+    path = directory / name
+    real, home = path.resolve(), directory.resolve()
+    blobs = home.parent.parent / "blobs"
+    if not (
+        real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == blobs)
+    ):
+        raise CheckpointError(f"{name}: a link that leads out of the checkpoint, to {real}")
+    return path
+
+
+def _compare_index(index, tensors):
+    for key, name in index.items():
+        if key not in tensors or tensors[key].file.name != name:
+            raise CheckpointError(f"{_INDEX}: key {key!r} is said to be in {name}, which lacks it")
+    for key, tensor in tensors.items():
+        if key not in index:
+            raise CheckpointError(f"{tensor.file.name}: key {key!r} is not in {_INDEX}")
+
+
+def _verify_sums(directory, paths):
+    """Compare with SHA256SUMS, where the publisher gave one (lines `<hex>  <file name>`)."""
+    sums = directory / "SHA256SUMS"
+    if not sums.exists():
+        return
+    expected = {}
+    with contextlib.suppress(UnicodeDecodeError):
+        for line in sums.read_text("utf-8").splitlines():
+            if match := re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line):
+                expected[match[2]] = match[1]
+    for path in paths:
+        if path.name not in expected:
+            raise CheckpointError(f"SHA256SUMS: has no line `<sha256>  {path.name}`")
+        if sha256(path) != expected[path.name]:
+            raise CheckpointError(f"{path.name}: its sha256 is not the one in SHA256SUMS: damaged")
+
+
+def sha256(path):
+    """Hex digest of a file, read in parts."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_file(path, tensors):
+    """Write one safetensors file, tensor by tensor, then force it to disk.
+
+    Args:
+        path: where; must not exist.
+        tensors: list of (key, safetensors dtype, shape, function returning the array).
+    """
+    header, place = {"__metadata__": {"format": "pt"}}, 0
+    for key, dtype, shape, _ in tensors:
+        end = place + DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    data = json.dumps(header, separators=(",", ":")).encode()
+    data += b" " * (-len(data) % 8)
+    with path.open("xb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        for key, dtype, shape, read in tensors:
+            array = np.ascontiguousarray(read())
+            if array.shape != tuple(shape) or array.dtype != DTYPES[dtype]:
+                raise AssertionError(f"{key}: {array.dtype}{array.shape} for {dtype}{shape}")
+            file.write(array.view(np.uint8).reshape(-1).data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,123 @@
+"""Parameters <-> an Orbax directory that appears whole or not at all, with a digest of every file.
+
+Orbax does not notice flipped bytes in array data (reliability.md, finding 1), hence the digests.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import orbax.checkpoint as ocp
+
+_PARAMS, _DIGESTS = "params", "digests.json"
+
+
+@contextlib.contextmanager
+def new_directory(target):
+    """A directory to fill; it takes its final name only when the block ends well.
+
+    Args:
+        target: must not exist. What a killed run left behind is cleared first.
+
+    Raises:
+        FileExistsError: `target` exists.
+    """
+    target = pathlib.Path(target).absolute()
+    if target.exists():
+        raise FileExistsError(f"{target}: already exists; choose another name or remove it")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _sync(partial)
+        partial.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def save_params(directory, params):
+    """Write a tree of arrays below `directory`, inside a `new_directory` block."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(pathlib.Path(directory).absolute() / _PARAMS, params)
+
+
+def restore_params(directory, targets):
+    """Arrays of a checkpoint, after its digests were verified.
+
+    Args:
+        directory: written by `save_params` and `write_digests`.
+        targets: tree of ShapeDtypeStruct with shardings; shapes and dtypes must be the stored ones.
+
+    Raises:
+        ValueError: a file is missing, extra or damaged.
+    """
+    verify_digests(directory)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(pathlib.Path(directory).absolute() / _PARAMS, targets)
+
+
+def stored_dtypes(directory):
+    """{path: dtype} of the stored arrays."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(pathlib.Path(directory).absolute() / _PARAMS)
+    leaves = jax.tree_util.tree_leaves_with_path(metadata.item_metadata.tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype for path, leaf in leaves
+    }
+
+
+def write_digests(directory):
+    """Record size and sha256 of every file below `directory`."""
+    directory = pathlib.Path(directory)
+    text = json.dumps(_digests(directory), indent=1)
+    with (directory / _DIGESTS).open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def verify_digests(directory):
+    """Compare every file with its record.
+
+    Raises:
+        ValueError: no record, or files that differ from it; up to 5 are named.
+    """
+    directory = pathlib.Path(directory)
+    try:
+        recorded = json.loads((directory / _DIGESTS).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{directory}: no readable {_DIGESTS}: not a checkpoint, or damaged"
+        ) from error
+    found = _digests(directory)
+    odd = sorted(k for k in recorded.keys() | found.keys() if recorded.get(k) != found.get(k))
+    if odd:
+        raise ValueError(f"{directory}: missing, extra or damaged: {', '.join(odd[:5])}")
+
+
+def _digests(directory):
+    made = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != _DIGESTS:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            made[path.relative_to(directory).as_posix()] = {
+                "size": path.stat().st_size,
+                "sha256": digest,
+            }
+    return made
+
+
+def _sync(directory):
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

