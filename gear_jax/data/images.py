@@ -1,5 +1,4 @@
-"""Camera images -> what the vision tower reads: legal sizes, normalised patches in merge-block
-order.
+"""Camera images -> what the vision tower reads: legal sizes, patches in merge-block order.
 
 NumPy and Pillow. Source: ported_models.md A3; values equal those of the reference's PIL backend.
 """
@@ -89,7 +88,7 @@ def smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=12_845_05
 
 
 def resize_bicubic(image, height, width):
-    """uint8[H, W, 3] -> uint8[height, width, 3], antialiased bicubic; the image itself if it fits."""
+    """uint8[H, W, 3] -> uint8[height, width, 3], antialiased bicubic; as it is if it fits."""
     if image.shape[:2] == (height, width):
         return image
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)

@@ -2,7 +2,7 @@
 
 A row speaks of one layer's tensor; `{i}` in the key is the layer, which is our leading axis. A
 table must use every foreign key exactly once and fill every parameter exactly once, with equal
-shapes, or nothing is loaded. Tensors stream in parts of at most 16 MiB straight into the shards
+shapes, or nothing is loaded. Tensors stream in parts of at most 8 MiB straight into the shards
 that need them.
 """
 
@@ -17,7 +17,7 @@ from einops import rearrange
 
 from gear_jax.porting.files import DTYPES, CheckpointError, Tensor
 
-_PART = 16 << 20  # bytes read at a time
+_PART = 8 << 20  # bytes read at a time
 _SHOWN = 20  # faults named in one error
 
 
@@ -261,7 +261,12 @@ def _fill(shards, places, entry, tensor: Tensor, sizes, rank):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(shard, block, starts):
-    return jax.lax.dynamic_update_slice(shard, block, [starts[i] for i in range(shard.ndim)])
+    # as bits: XLA on the CPU would turn the whole of a bfloat16 shard to float32 and back
+    bits = jnp.dtype(f"uint{8 * shard.dtype.itemsize}")
+    shard_bits, block_bits = (jax.lax.bitcast_convert_type(x, bits) for x in (shard, block))
+    starts = [starts[i] for i in range(shard.ndim)]
+    written = jax.lax.dynamic_update_slice(shard_bits, block_bits, starts)
+    return jax.lax.bitcast_convert_type(written, shard.dtype)
 
 
 def _parts(left, right, entry, tensor, axes):
