@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench venv clean
 
 quickstart: $(READY)
 	$(RUN) -m launch.quickstart
@@ -21,8 +21,10 @@ lint: $(READY)
 
 # torch and transformers are the opponents: the extra `port-check`
 bench:
-	$(MAKE) lint EXTRAS=dev,port-check
+	$(MAKE) venv EXTRAS=dev,port-check
 	$(RUN) -m benchmarks.towers_vs_transformers
+
+venv: $(READY)
 
 clean:
 	rm -rf $(VENV) runs

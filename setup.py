@@ -1,12 +1,11 @@
 """gear_jax as a package; `pip install -c constraints.txt -e .[dev]`, or simply `make test`."""
 
-import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "gear_jax/__init__.py").read_text())[1]
+VERSION = (HERE / "gear_jax/__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
 
 setup(
     name="gear_jax",

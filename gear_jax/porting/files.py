@@ -2,9 +2,9 @@
 
 Headers are checked claim by claim before a tensor is believed: sizes, offsets, key names and file
 names are somebody else's. Nothing is ever unpickled. Bytes are read, never mapped, so that memory
-stays bounded and a file cut short meanwhile is an error, not a crash. (The safetensors package, asked
-for ten rows of a tensor with its `pread` backend, reads the whole of it: 246 MB for 41 kB.) Faults:
-reliability.md 2h.
+stays bounded and a file cut short meanwhile is an error, not a crash. (The safetensors package,
+asked for ten rows of a tensor with its `pread` backend, reads all of it: 246 MB for 41 kB.)
+Faults: reliability.md 2h.
 """
 
 import contextlib

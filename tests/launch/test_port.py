@@ -182,7 +182,7 @@ def _hostile(folder, change):
 
 
 HOSTILE = {
-    "missing shard": "key 'visual.patch_embed.proj.weight' lies in 'model-00001-of-00002.safetensors', which",
+    "missing shard": "'visual.patch_embed.proj.weight' lies in 'model-00001-of-.*', which is not",
     "cut": "model-00001-of-00002.safetensors: .* bytes of data",
     "climbing name": "key 'visual.patch_embed.proj.weight' lies in '../model",
     "absolute name": "key 'visual.patch_embed.proj.weight' lies in '/etc/passwd",
@@ -210,7 +210,8 @@ def test_a_hostile_source_leaves_one_sentence_and_no_target(tmp_path, capsys, ch
 _PEAK = """
 import pathlib, re
 def peak():
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status)[1])
 """
 
 

@@ -59,12 +59,13 @@ def test_every_damaged_missing_or_added_file_is_named(tmp_path):
 
 
 def test_a_block_that_fails_leaves_nothing(tmp_path):
-    with (
-        pytest.raises(RuntimeError, match="on purpose"),
-        checkpoint.new_directory(tmp_path / "c") as d,
-    ):
-        (d / "file").touch()
-        raise RuntimeError("on purpose")
+    def fail():
+        with checkpoint.new_directory(tmp_path / "c") as target:
+            (target / "file").touch()
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
