@@ -109,6 +109,10 @@ def export(args):
     source = pathlib.Path(args.source)
     with checkpoint.new_directory(args.target) as target:
         manifest = files.load_json(source / _MANIFEST)
+        if missing := {"model", "config", "patch_embed", "dtypes"} - manifest.keys():
+            raise files.CheckpointError(
+                f"{source / _MANIFEST}: fields {sorted(missing)} are missing"
+            )
         model = models.describe(
             manifest["model"], manifest["config"], _MANIFEST, manifest["patch_embed"]
         )

@@ -15,6 +15,8 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -52,7 +54,7 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
 
-    def read(self, start=0, stop=None):
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows start .. stop of the first axis as a NumPy array; no other byte is read.
 
         Raises:
@@ -77,7 +79,7 @@ class Tensor:
         )
 
 
-def load_json(path):
+def load_json(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a JSON file of at most 16 MiB.
 
     Raises:
@@ -94,7 +96,7 @@ def load_json(path):
     return _parse(data, path.name)
 
 
-def _parse(data, name):
+def _parse(data: bytes, name: str) -> dict[str, Any]:
     def no_duplicates(pairs):
         made = dict(pairs)
         if len(made) != len(pairs):
@@ -116,7 +118,7 @@ def _parse(data, name):
     return parsed
 
 
-def read_header(path):
+def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     """Tensors of one safetensors file, {key: Tensor}, after checking every claim of its header.
 
     Raises:
@@ -162,7 +164,7 @@ def read_header(path):
     return tensors
 
 
-def _claims(name, key, entry):
+def _claims(name: str, key: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one header entry."""
 
     def whole(values, count=None):
@@ -190,7 +192,9 @@ def _claims(name, key, entry):
     return dtype, tuple(shape), *offsets
 
 
-def open_directory(directory, parts=None):
+def open_directory(
+    directory: str | os.PathLike, parts: Sequence[str] | None = None
+) -> dict[str, Tensor]:
     """All tensors of a checkpoint directory, {key: Tensor}.
 
     Args:
@@ -202,6 +206,8 @@ def open_directory(directory, parts=None):
         CheckpointError: nothing usable, something ambiguous, or any fault of a file.
     """
     directory = pathlib.Path(directory)
+    if directory.is_file() and directory.name.endswith(_PICKLED):
+        raise CheckpointError(_pickled(directory.name))
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory}: no such directory; expected one with safetensors files"
@@ -225,7 +231,7 @@ def open_directory(directory, parts=None):
     return tensors
 
 
-def _listed(directory):
+def _listed(directory: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
     """File names of a Hugging Face checkpoint, and its index {key: file name} or None."""
     single, index = directory / "model.safetensors", directory / _INDEX
     if single.exists() and index.exists():
@@ -237,10 +243,7 @@ def _listed(directory):
     if not index.exists():
         names = sorted(path.name for path in directory.iterdir())
         if pickled := [name for name in names if name.endswith(_PICKLED)]:
-            raise CheckpointError(
-                f"{pickled[0]}: pickled weights can run code and are never opened; save the "
-                "model as safetensors (transformers: save_pretrained)"
-            )
+            raise CheckpointError(_pickled(pickled[0]))
         raise CheckpointError(
             f"{directory}: neither model.safetensors nor {_INDEX} is there, only {names[:5]}"
         )
@@ -261,7 +264,14 @@ def _listed(directory):
     return sorted(set(listed.values())), listed
 
 
-def _inside(directory, name):
+def _pickled(name):
+    return (
+        f"{name}: pickled weights can run code and are never opened; save the model as safetensors "
+        "(transformers: save_pretrained)"
+    )
+
+
+def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     """The path of a file; a link may lead only into the directory or its hub cache's `blobs`."""
     path = directory / name
     real, home = path.resolve(), directory.resolve()
@@ -273,7 +283,7 @@ def _inside(directory, name):
     return path
 
 
-def _compare_index(index, tensors):
+def _compare_index(index: dict[str, str], tensors: dict[str, Tensor]) -> None:
     for key, name in index.items():
         if key not in tensors or tensors[key].file.name != name:
             raise CheckpointError(f"{_INDEX}: key {key!r} is said to be in {name}, which lacks it")
@@ -282,7 +292,7 @@ def _compare_index(index, tensors):
             raise CheckpointError(f"{tensor.file.name}: key {key!r} is not in {_INDEX}")
 
 
-def _verify_sums(directory, paths):
+def _verify_sums(directory: pathlib.Path, paths: list[pathlib.Path]) -> None:
     """Compare with SHA256SUMS, where the publisher gave one (lines `<hex>  <file name>`)."""
     sums = directory / "SHA256SUMS"
     if not sums.exists():
@@ -299,20 +309,24 @@ def _verify_sums(directory, paths):
             raise CheckpointError(f"{path.name}: its sha256 is not the one in SHA256SUMS: damaged")
 
 
-def sha256(path):
+def sha256(path: pathlib.Path) -> str:
     """Hex digest of a file, read in parts."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_file(path, tensors):
+def write_file(
+    path: pathlib.Path,
+    tensors: Sequence[tuple[str, str, Sequence[int], Callable[[], np.ndarray]]],
+) -> None:
     """Write one safetensors file, tensor by tensor, then force it to disk.
 
     Args:
         path: where; must not exist.
         tensors: list of (key, safetensors dtype, shape, function returning the array).
     """
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
     for key, dtype, shape, _ in tensors:
         end = place + DTYPES[dtype].itemsize * math.prod(shape)
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}

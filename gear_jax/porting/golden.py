@@ -297,9 +297,10 @@ def _gradient_norms(case, arrays, ours, by_letters):
         names, golden = list(named), np.array(list(named.values()))
     else:
         lists = [x for x in arrays.values() if x.dtype.kind in "US" and x.shape == golden.shape]
-        names = [str(name) for name in lists[0]] if lists else None
+        names = lists[0].astype(str).tolist() if lists else None
     if names is None:
         norms = np.sort([np.linalg.norm(x) for x in ours.values()])
+        norms = norms[norms > 0] if norms.shape != golden.shape else norms  # towers without input
         return _relative(case, "grad_norms", norms, np.sort(golden), each=True, note="sorted")
     if unknown := [name for name in names if _letters(name) not in by_letters]:
         note = f"no such parameter: {unknown[0]}"

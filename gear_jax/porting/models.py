@@ -1,6 +1,7 @@
 """The published models we port, behind one door: directory -> config, key table, shapes."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -31,17 +32,19 @@ class Model:
     targets: dict[str, jax.ShapeDtypeStruct]
 
     @property
-    def entries(self):
+    def entries(self) -> list[table.Entry]:
         """Every foreign tensor, in the table's order."""
         return table.entries(self.table, self.parameters)
 
     @property
-    def parameters(self):
+    def parameters(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The targets that a tower reads."""
         return {path: x for path, x in self.targets.items() if path not in self.table.carried}
 
 
-def describe(name, config, config_name="config.json", patch_embed=None):
+def describe(
+    name: str, config: dict, config_name: str = "config.json", patch_embed: str | None = None
+) -> Model:
     """The model of a parsed config.json.
 
     Args:
@@ -72,7 +75,12 @@ def describe(name, config, config_name="config.json", patch_embed=None):
     return Model(name, cfg, rows, targets)
 
 
-def open_source(name, source, config_name="config.json", patch_embed=None):
+def open_source(
+    name: str,
+    source: str | os.PathLike,
+    config_name: str = "config.json",
+    patch_embed: str | None = None,
+) -> tuple[Model, dict, dict[str, files.Tensor]]:
     """A checkpoint directory -> (Model, parsed config, {key: Tensor}).
 
     Raises:
@@ -88,7 +96,7 @@ def open_source(name, source, config_name="config.json", patch_embed=None):
     return describe(name, config, config_name, patch_embed), config, tensors
 
 
-def _patch_embed_file(source, patch_embed):
+def _patch_embed_file(source: pathlib.Path, patch_embed: str | None) -> str:
     """The file of the patch embedding, where a checkpoint keeps it apart."""
     kinds = [k for k in ("dino", "conv") if (source / f"patch_embed_{k}.safetensors").exists()]
     if patch_embed is None and len(kinds) == 1:

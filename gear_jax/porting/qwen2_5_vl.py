@@ -50,7 +50,7 @@ _ROWS = (
 _HEAD = Row("lm_head.weight", "language/head", "v d -> v d")
 
 
-def table(cfg):
+def table(cfg: VlmConfig) -> Table:
     """The key table of one config."""
     vision = cfg.vision
     return Table(
@@ -68,7 +68,7 @@ def table(cfg):
     )
 
 
-def read_config(config, name="config.json"):
+def read_config(config: dict, name: str = "config.json") -> VlmConfig:
     """config.json, in the hub's flat layout or that of transformers 5 -> VlmConfig.
 
     Args:

@@ -9,6 +9,8 @@ that need them.
 import dataclasses
 import functools
 import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +68,13 @@ class Entry:
     row: Row
 
 
-def flatten(tree):
+def flatten(tree: Any) -> dict[str, Any]:
     """A parameter tree as {path joined by "/": leaf}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def unflatten(flat):
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
     tree = {}
     for path, leaf in flat.items():
@@ -81,7 +83,7 @@ def unflatten(flat):
     return tree
 
 
-def entries(table, targets):
+def entries(table: Table, targets: Mapping[str, Any]) -> list[Entry]:
     """Every foreign tensor the table asks for, with the shape it must have.
 
     Args:
@@ -113,7 +115,9 @@ def entries(table, targets):
     return made
 
 
-def match(table, targets, tensors, cast=False):
+def match(
+    table: Table, targets: Mapping[str, Any], tensors: Mapping[str, Tensor], cast: bool = False
+) -> list[tuple[Entry, Tensor]]:
     """Pair every entry with its foreign tensor.
 
     Args:
@@ -129,17 +133,18 @@ def match(table, targets, tensors, cast=False):
         CheckpointError: keys missing, left over or there under two spellings; a shape or dtype that
             is not the expected one. Up to 20 offenders are named.
     """
-    wanted, found, faults = entries(table, targets), {}, []
+    found: dict[str, Tensor] = {}
+    pairs: list[tuple[Entry, Tensor]] = []
+    faults: list[str] = []
     for key, tensor in tensors.items():
         if any(re.fullmatch(pattern, key) for pattern in table.ignored):
             continue
         name = released_name(table, key)
         if name in found:
-            faults.append(
-                f"{tensor.file.name}: {key!r} and {found[name].key!r} are the same parameter"
-            )
+            twin = found[name].key
+            faults.append(f"{tensor.file.name}: {key!r} and {twin!r} are the same parameter")
         found[name] = tensor
-    for entry in wanted:
+    for entry in entries(table, targets):
         tensor = found.pop(entry.key, None)
         if tensor is None:
             faults.append(f"{entry.key!r} is missing, expected with shape {list(entry.shape)}")
@@ -153,19 +158,18 @@ def match(table, targets, tensors, cast=False):
                 f"{tensor.file.name}: {tensor.key!r} is {tensor.dtype}, expected one of "
                 f"{', '.join(DTYPES)}"
             )
+        else:
+            pairs.append((entry, tensor))
     faults += [f"{t.file.name}: {t.key!r} is not part of this model" for t in found.values()]
-    pairs = [(entry, tensors.get(entry.key)) for entry in wanted]
-    if not faults:
-        by_name = {released_name(table, key): tensor for key, tensor in tensors.items()}
-        pairs = [(entry, by_name[entry.key]) for entry in wanted]
-        faults = [] if cast else _mixed(pairs)
+    if not faults and not cast:
+        faults = _mixed(pairs)
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise CheckpointError("; ".join(faults[:_SHOWN]) + more)
     return pairs
 
 
-def _mixed(pairs):
+def _mixed(pairs: list[tuple[Entry, Tensor]]) -> list[str]:
     counts = {}
     for _, tensor in pairs:
         counts.setdefault(tensor.dtype, []).append(tensor)
@@ -179,14 +183,21 @@ def _mixed(pairs):
     ]
 
 
-def released_name(table, key):
+def released_name(table: Table, key: str) -> str:
     """A foreign key in the spelling of the released checkpoints."""
     for pattern, replacement in table.renames:
         key = re.sub(pattern, replacement, key)
     return key
 
 
-def load(pairs, targets, sizes, shardings, dtype=None, report=lambda tensor: None):
+def load(
+    pairs: Sequence[tuple[Entry, Tensor]],
+    targets: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    shardings: Mapping[str, jax.sharding.Sharding],
+    dtype: Any = None,
+    report: Callable[[Tensor], None] = lambda tensor: None,
+) -> dict[str, jax.Array]:
     """Stream tensors into sharded arrays; no process reads what none of its devices keeps.
 
     Args:
@@ -206,7 +217,7 @@ def load(pairs, targets, sizes, shardings, dtype=None, report=lambda tensor: Non
     by_path = {}
     for entry, tensor in pairs:
         by_path.setdefault(entry.ours, []).append((entry, tensor))
-    arrays = {}
+    arrays: dict[str, jax.Array] = {}
     for path, sources in by_path.items():
         shape, sharding = tuple(targets[path].shape), shardings[path]
         kind = jnp.dtype(dtype or DTYPES[sources[0][1].dtype])
@@ -288,7 +299,7 @@ def _parts(left, right, entry, tensor, axes):
         yield start, stop, (start * inner, stop * inner), right.index(group), scale
 
 
-def to_foreign(entry, array, sizes):
+def to_foreign(entry: Entry, array: Any, sizes: Mapping[str, int]) -> np.ndarray:
     """One foreign tensor out of our parameter, as a NumPy array in our dtype."""
     left, right = _sides(entry.row.pattern)
     part = np.asarray(array if entry.layer is None else array[entry.layer])

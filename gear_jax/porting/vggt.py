@@ -44,9 +44,10 @@ def _patches(foreign, ours):
     )
 
 
-def table(cfg):
+def table(cfg: VggtConfig) -> Table:
     """The key table of one config; ours lie under "geometry", but for the unused mask token."""
-    pre, carried = "aggregator.", {}
+    pre = "aggregator."
+    carried: dict[str, tuple[int, ...]] = {}
     rows = (
         Row(pre + "camera_token", "camera", "1 r t d -> r t d"),
         Row(pre + "register_token", "registers", "1 r t d -> r t d"),
@@ -84,7 +85,9 @@ def table(cfg):
     )
 
 
-def read_config(config, name="config.json", patch_embed=None):
+def read_config(
+    config: dict, name: str = "config.json", patch_embed: str | None = None
+) -> VggtConfig:
     """config.json -> VggtConfig.
 
     The released file names only img_size, patch_size and embed_dim; what it leaves out is the

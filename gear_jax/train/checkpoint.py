@@ -9,6 +9,8 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -17,7 +19,7 @@ _PARAMS, _DIGESTS = "params", "digests.json"
 
 
 @contextlib.contextmanager
-def new_directory(target):
+def new_directory(target: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A directory to fill; it takes its final name only when the block ends well.
 
     Args:
@@ -42,13 +44,13 @@ def new_directory(target):
         raise
 
 
-def save_params(directory, params):
+def save_params(directory: str | os.PathLike, params: Any) -> None:
     """Write a tree of arrays below `directory`, inside a `new_directory` block."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(pathlib.Path(directory).absolute() / _PARAMS, params)
 
 
-def restore_params(directory, targets):
+def restore_params(directory: str | os.PathLike, targets: Any) -> Any:
     """Arrays of a checkpoint, after its digests were verified.
 
     Args:
@@ -63,7 +65,7 @@ def restore_params(directory, targets):
         return checkpointer.restore(pathlib.Path(directory).absolute() / _PARAMS, targets)
 
 
-def stored_dtypes(directory):
+def stored_dtypes(directory: str | os.PathLike) -> dict[str, Any]:
     """{path: dtype} of the stored arrays."""
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(pathlib.Path(directory).absolute() / _PARAMS)
@@ -73,7 +75,7 @@ def stored_dtypes(directory):
     }
 
 
-def write_digests(directory):
+def write_digests(directory: str | os.PathLike) -> None:
     """Record size and sha256 of every file below `directory`."""
     directory = pathlib.Path(directory)
     text = json.dumps(_digests(directory), indent=1)
@@ -83,7 +85,7 @@ def write_digests(directory):
         os.fsync(file.fileno())
 
 
-def verify_digests(directory):
+def verify_digests(directory: str | os.PathLike) -> None:
     """Compare every file with its record.
 
     Raises:
@@ -102,7 +104,7 @@ def verify_digests(directory):
         raise ValueError(f"{directory}: missing, extra or damaged: {', '.join(odd[:5])}")
 
 
-def _digests(directory):
+def _digests(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
     made = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != _DIGESTS:
@@ -115,7 +117,7 @@ def _digests(directory):
     return made
 
 
-def _sync(directory):
+def _sync(directory: pathlib.Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,6 +7,8 @@ does not divide.
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,7 +62,9 @@ RULES = (
 )
 
 
-def make_mesh(sizes, devices=None):
+def make_mesh(
+    sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
     """A mesh with all four axes.
 
     Args:
@@ -83,7 +87,9 @@ def make_mesh(sizes, devices=None):
     return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
 
 
-def param_shardings(shapes, mesh, rules=RULES):
+def param_shardings(
+    shapes: Any, mesh: jax.sharding.Mesh, rules: Sequence[tuple[str, tuple]] = RULES
+) -> Any:
     """NamedSharding of every parameter, in a tree like `shapes`.
 
     Args:
@@ -118,6 +124,6 @@ def param_shardings(shapes, mesh, rules=RULES):
     return shardings
 
 
-def batch_sharding(mesh):
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Sharding of arrays whose first axis is the batch."""
     return NamedSharding(mesh, P(BATCH_AXES))

@@ -28,7 +28,8 @@ cfg = QwenLanguageConfig(depth=3, width=512, num_heads=8, num_kv_heads=2, mlp_di
                          vocab_size=4096, attention="splash", remat="attention", dtype=jnp.bfloat16)
 tower = QwenLanguage(cfg)
 one = jnp.zeros((1, 1), jnp.int32)
-shapes = jax.eval_shape(lambda: tower.init(jax.random.key(0), one, jnp.zeros((3, 1, 1), jnp.int32), one))
+three = jnp.zeros((3, 1, 1), jnp.int32)
+shapes = jax.eval_shape(lambda: tower.init(jax.random.key(0), one, three, one))
 shardings = sharding.param_shardings({"language": shapes["params"]}, mesh)["language"]
 params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                       shapes["params"], shardings)
