@@ -19,15 +19,56 @@ SYSTEM_PROMPT = "You are a helpful assistant."
 
 # Ids of Qwen2.5's own added tokens, in order from 151643; the first 14 are special.
 _FIRST_ADDED = 151_643
-_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-_PLAIN = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"]
+_SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+_PLAIN = [
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+]
 
 # GEAR-VLA's ranges follow at once (the place where public Qwen2.5-VL + FAST checkpoints put FAST).
 FAST = range(151_665, 153_713)
 LATENT = range(153_713, 153_729)
 CONTROL = range(153_729, 153_745)
 TABLE_ROWS = 153_856  # embedding rows, a multiple of 256; rows from 153,745 stay unused
-_CONTROL = ["<|la_start|>", "<|la_end|>", "<|fast_start|>", "<|fast_end|>", "<|state_start|>", "<|state_end|>", "<|state_pad|>", "<|view_head|>", "<|view_left|>", "<|view_right|>", "<|view_ref|>", "<|spare_0|>", "<|spare_1|>", "<|spare_2|>", "<|spare_3|>", "<|spare_4|>"]
+_CONTROL = [
+    "<|la_start|>",
+    "<|la_end|>",
+    "<|fast_start|>",
+    "<|fast_end|>",
+    "<|state_start|>",
+    "<|state_end|>",
+    "<|state_pad|>",
+    "<|view_head|>",
+    "<|view_left|>",
+    "<|view_right|>",
+    "<|view_ref|>",
+    "<|spare_0|>",
+    "<|spare_1|>",
+    "<|spare_2|>",
+    "<|spare_3|>",
+    "<|spare_4|>",
+]
 ADDED = (
     *(f"<fast_{code:04d}>" for code in range(len(FAST))),
     *(f"<la_{code}>" for code in range(len(LATENT))),

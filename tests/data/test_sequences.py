@@ -49,12 +49,10 @@ def test_positions_are_those_of_the_reference(golden):
         positions, delta = mrope_positions(
             stored["mm_token_type_ids"],
             valid,
-            stored["image_grid_thw"] if "image_grid_thw" in stored else NONE,
-            stored["video_grid_thw"] if "video_grid_thw" in stored else NONE,
+            stored.get("image_grid_thw", NONE),
+            stored.get("video_grid_thw", NONE),
             tokens_per_second=2.0,
-            seconds_per_grid=stored["second_per_grid_ts"]
-            if "second_per_grid_ts" in stored
-            else None,
+            seconds_per_grid=stored.get("second_per_grid_ts", None),
         )
         assert np.array_equal(positions[:, valid], stored["position_ids"][:, valid]), path.name
         assert np.array_equal(delta[:, None], stored["rope_deltas"]), path.name
