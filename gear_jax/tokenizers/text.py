@@ -169,7 +169,8 @@ def tokenizer_from_ranks(path: str | os.PathLike) -> TextTokenizer:
     letter = _byte_letters()
     spell = {token: "".join(letter[byte] for byte in token) for token in ranks}
     merges = [
-        tuple(spell[part] for part in _parts(token, ranks)) for token in ranks if len(token) > 1
+        (spell[left], spell[right])
+        for left, right in (_parts(token, ranks) for token in ranks if len(token) > 1)
     ]
     vocabulary = {spell[token]: rank for token, rank in ranks.items()}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
@@ -264,7 +265,7 @@ def _byte_letters() -> dict[int, str]:
     }
 
 
-def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+def _parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens that BPE joins last to make `token`."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
@@ -274,4 +275,4 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
             raise ValueError(f"rank {ranks[token]} is not the merge of two earlier tokens")
         at = joined.index(best)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
+    return parts[0], parts[1]
