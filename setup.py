@@ -20,6 +20,7 @@ setup(
         "chex>=0.1.90",
         "einops>=0.8",
         "flax>=0.12",
+        "google-crc32c>=1.6",
         "grain>=0.2.18",
         "jax>=0.10.2",
         "ml-collections>=1.1",
