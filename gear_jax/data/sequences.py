@@ -37,10 +37,20 @@ def mrope_positions(
         come minus the number of valid tokens.
 
     Raises:
-        ValueError: the image or video tokens of a row are not those of the next grids, or grids are
-            left over.
+        ValueError: the image or video tokens of a row are not those of the next grids, grids are
+            left over, or a shape, a token type or a grid is none of the above.
     """
     token_types, valid = np.asarray(token_types), np.asarray(valid, bool)
+    if token_types.ndim != 2 or token_types.shape != valid.shape:
+        raise ValueError(
+            f"token_types is {list(token_types.shape)} and valid {list(valid.shape)}: expected "
+            "[B, T] of both"
+        )
+    for row, unknown in np.argwhere(valid & ~np.isin(token_types, (TEXT, IMAGE, VIDEO))):
+        raise ValueError(
+            f"row {row} has token type {token_types[row, unknown]}: expected {TEXT} for text, "
+            f"{IMAGE} for an image, {VIDEO} for a video"
+        )
     positions = np.zeros((3, *token_types.shape), np.int32)
     delta = np.zeros(len(token_types), np.int32)
     waiting = {
@@ -58,14 +68,17 @@ def mrope_positions(
                 parts.append(np.broadcast_to(np.arange(start, start + count), (3, count)))
                 start += count
             else:
-                name = "image" if kinds[index] == IMAGE else "video"
-                count, part, step = _grid(
-                    waiting[int(kinds[index])], start, spatial_merge, name, row
-                )
-                if not np.all(kinds[index : index + count] == kinds[index]) or index + count > len(
-                    kinds
-                ):
-                    found = np.count_nonzero(kinds[index : index + count] == kinds[index])
+                kind = int(kinds[index])
+                name = "image" if kind == IMAGE else "video"
+                if not waiting[kind]:
+                    found = np.count_nonzero(kinds[index:] == kind)
+                    raise ValueError(
+                        f"row {row} has {found} {name} tokens left, expected 0: no {name} grid is "
+                        "left"
+                    )
+                count, part, step = _grid(waiting[kind], start, spatial_merge, name)
+                found = np.count_nonzero(kinds[index : index + count] == kind)
+                if found != count:
                     raise ValueError(
                         f"row {row} has {found} {name} tokens where its next grid gives {count}"
                     )
@@ -91,11 +104,14 @@ def _timed(grids, tokens_per_second, seconds_per_grid):
     return [(grid, tokens_per_second * s) for grid, s in zip(grids, seconds, strict=True)]
 
 
-def _grid(waiting, start, merge, name, row):
+def _grid(waiting, start, merge, name):
     """(tokens, positions [3, tokens], advance) of the next image or video."""
-    if not waiting:
-        raise ValueError(f"row {row} has {name} tokens but no {name} grid is left")
     (frames, rows, columns), step = waiting.pop(0)
+    if min(frames, rows, columns) < 1 or rows % merge or columns % merge:
+        raise ValueError(
+            f"{name} grid is {[frames, rows, columns]}: expected frames from 1, rows and columns "
+            f"multiples of {merge}"
+        )
     height, width = rows // merge, columns // merge
     t, h, w = np.mgrid[:frames, :height, :width].reshape(3, -1)
     t = np.array([math.floor(i * step) for i in range(frames)])[t]

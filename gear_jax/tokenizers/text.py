@@ -11,10 +11,12 @@ import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+RANKS_BYTES = 2_561_218
 SYSTEM_PROMPT = "You are a helpful assistant."
 
 # Ids of Qwen2.5's own added tokens, in order from 151643; the first 14 are special.
@@ -79,6 +81,10 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# A sample that needs the normaliser, the split, the merges and the vocabulary, and its ids.
+_PROBE = "Don't  put the red cafe\u0301 \u673a\u5668\u4eba\n\n12,345 mm."
+_PROBE_IDS = [8002, 944, 220, 2182, 279, 2518, 51950, 220, 104354, 271]
+_PROBE_IDS += [16, 17, 11, 18, 19, 20, 9465, 13]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +151,12 @@ def load_tokenizer(directory: str | os.PathLike) -> TextTokenizer:
                 f"{path}: token {token!r} has id {backend.token_to_id(token)}, expected {index}: "
                 "not Qwen2.5's vocabulary"
             )
-    return TextTokenizer(backend)
+    tokenizer = TextTokenizer(backend)
+    if (found := tokenizer.encode(_PROBE)) != _PROBE_IDS:
+        raise ValueError(
+            f"{path}: {_PROBE!r} has ids {found}, expected {_PROBE_IDS}: not Qwen2.5's vocabulary"
+        )
+    return tokenizer
 
 
 def tokenizer_from_ranks(path: str | os.PathLike) -> TextTokenizer:
@@ -160,7 +171,8 @@ def tokenizer_from_ranks(path: str | os.PathLike) -> TextTokenizer:
     data = path.read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != RANKS_SHA256:
         raise ValueError(
-            f"{path}: sha256 {found}, expected {RANKS_SHA256}: not the published ranks"
+            f"{path}: sha256 {found} of {len(data)} bytes, expected {RANKS_SHA256} of "
+            f"{RANKS_BYTES}: not the published ranks"
         )
     ranks = {}
     for line in data.splitlines():
@@ -204,6 +216,36 @@ def extend(tokenizer: TextTokenizer) -> TextTokenizer:
     return TextTokenizer(backend)
 
 
+def ids_of_codes(codes: np.typing.ArrayLike, span: range) -> np.ndarray:
+    """Token ids int32[...] of codes 0 .. len(span) - 1 of an added range, `FAST` or `LATENT`.
+
+    Raises:
+        ValueError: a code is no integer or lies outside the range.
+    """
+    return _shifted(codes, range(len(span)), span.start, "codes")
+
+
+def codes_of_ids(ids: np.typing.ArrayLike, span: range) -> np.ndarray:
+    """Codes int32[...] of token ids in an added range; the exact inverse of `ids_of_codes`.
+
+    Raises:
+        ValueError: an id is no integer or lies outside the range.
+    """
+    return _shifted(ids, span, -span.start, "ids")
+
+
+def _shifted(values, legal, by, name):
+    values = np.asarray(values)
+    if not values.size:
+        return np.zeros(values.shape, np.int32)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name} are {values.dtype}: expected integers")
+    bad = values[(values < legal.start) | (values >= legal.stop)]
+    if bad.size:
+        raise ValueError(f"{name} hold {bad[0]}: expected {legal.start} .. {legal.stop - 1}")
+    return (values.astype(np.int64) + by).astype(np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Vision:
     """An image or a video within a turn: how many merged tokens stand for it."""
@@ -211,9 +253,24 @@ class Vision:
     num_tokens: int
     kind: str = "image"
 
+    @classmethod
+    def of_grid(cls, grid: Sequence[int], kind: str = "image", spatial_merge: int = 2) -> "Vision":
+        """What stands for a grid int[3] of (frames, patch rows, patch columns) (data/images.py).
+
+        Raises:
+            ValueError: a count below 1, or rows or columns that are no multiple of the merge.
+        """
+        frames, rows, columns = (int(n) for n in grid)
+        if min(frames, rows, columns) < 1 or rows % spatial_merge or columns % spatial_merge:
+            raise ValueError(
+                f"{kind} grid is {[frames, rows, columns]}: expected frames from 1, rows and "
+                f"columns multiples of {spatial_merge}"
+            )
+        return cls(frames * rows * columns // spatial_merge**2, kind)
+
 
 def chat_prompt(
-    turns: Sequence[tuple[str, Sequence[str | Vision]]],
+    turns: Sequence[tuple[str, str | Sequence[str | Vision]]],
     tokenizer: TextTokenizer,
     *,
     system: str | None = SYSTEM_PROMPT,
@@ -222,7 +279,9 @@ def chat_prompt(
     """Qwen2.5-VL's chat template.
 
     Args:
-        turns: (role, parts); role "user" or "assistant"; a part is text, or a `Vision`.
+        turns: (role, parts); role "user" or "assistant"; parts is text, or a sequence of texts and
+            `Vision`s. Neighbouring texts are joined before they are checked, so that no token can
+            be spelled in pieces.
         tokenizer: refuses text that spells a reserved token.
         system: the system turn; None leaves it out.
         reply: end with the header of the assistant's turn.
@@ -231,22 +290,36 @@ def chat_prompt(
         The prompt as text, image and video pads repeated once per merged token.
 
     Raises:
-        ValueError: an unknown role or kind, a count below 1, or text with a reserved token.
+        ValueError: an unknown role or kind, a count below 1, a part that is neither text nor a
+            `Vision`, or text with a reserved token.
     """
-    whole = [] if system is None else [("system", (system,))]
-    out = []
-    for role, parts in (*whole, *turns):
-        if role not in ("system", "user", "assistant"):
+    for role, _ in turns:
+        if role not in ("user", "assistant"):
             raise ValueError(f"role is {role!r}: expected 'user' or 'assistant'")
-        body = "".join(_part(part, tokenizer) for part in parts)
-        out.append(f"<|im_start|>{role}\n{body}<|im_end|>\n")
+    whole = [] if system is None else [("system", system)]
+    out = [
+        f"<|im_start|>{role}\n{_body(parts, tokenizer)}<|im_end|>\n"
+        for role, parts in (*whole, *turns)
+    ]
     return "".join(out) + ("<|im_start|>assistant\n" if reply else "")
 
 
-def _part(part: str | Vision, tokenizer: TextTokenizer) -> str:
-    if isinstance(part, str):
-        tokenizer.check_user_text(part)
-        return part
+def _body(parts: str | Sequence[str | Vision], tokenizer: TextTokenizer) -> str:
+    out, run = [], ""  # run: the texts since the last image or video, checked as one
+    for part in parts:
+        if isinstance(part, str):
+            run += part
+            continue
+        tokenizer.check_user_text(run)
+        out += [run, _pads(part)]
+        run = ""
+    tokenizer.check_user_text(run)
+    return "".join([*out, run])
+
+
+def _pads(part: Vision) -> str:
+    if not isinstance(part, Vision):
+        raise ValueError(f"a part of a turn is {part!r}: expected text or a Vision")
     if part.kind not in ("image", "video") or part.num_tokens < 1:
         raise ValueError(f"{part}: expected kind 'image' or 'video' and at least one token")
     return f"<|vision_start|>{f'<|{part.kind}_pad|>' * part.num_tokens}<|vision_end|>"

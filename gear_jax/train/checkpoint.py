@@ -46,8 +46,12 @@ def new_directory(target: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 def save_params(directory: str | os.PathLike, params: Any) -> None:
     """Write a tree of arrays below `directory`, inside a `new_directory` block."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(pathlib.Path(directory).absolute() / _PARAMS, params)
+    shards = [s.data.nbytes for leaf in jax.tree.leaves(params) for s in leaf.addressable_shards]
+    # bounds the copies in flight; Orbax refuses a shard larger than the bound
+    handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1 + max(shards) // 10**9)
+    path = pathlib.Path(directory).absolute() / _PARAMS
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path, args=ocp.args.StandardSave(params))
 
 
 def restore_params(directory: str | os.PathLike, targets: Any) -> Any:

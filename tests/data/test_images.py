@@ -137,6 +137,49 @@ def test_a_checkpoints_own_preprocessor_is_read(tmp_path):
     path.write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="preprocessor_config.json: field 'max_pixels' is missing"):
         read_preprocessor(path)
+    bounds = {"size": {"shortest_edge": 3, "longest_edge": 4}}
+    newer = {k: v for k, v in stored.items() if k != "min_pixels"} | bounds
+    path.write_text(json.dumps(newer))
+    assert (read_preprocessor(path).min_pixels, read_preprocessor(path).max_pixels) == (3, 4)
+    path.write_text(json.dumps(newer | {"min_pixels": 2, "max_pixels": None}))
+    assert (read_preprocessor(path).min_pixels, read_preprocessor(path).max_pixels) == (2, 4)
     path.write_text("{")
     with pytest.raises(ValueError, match="not a readable JSON file"):
         read_preprocessor(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": "14"}, "patch_size is '14': expected an integer from 1"),
+        ({"merge_size": 0}, "merge_size is 0: expected an integer from 1"),
+        ({"min_pixels": 9}, "min_pixels is 9: expected at most max_pixels, 2"),
+        ({"image_mean": [0, 0]}, r"image_mean is \[0, 0\]: expected three numbers"),
+        ({"image_mean": 0.5}, "image_mean is 0.5: expected three numbers"),
+        ({"image_std": [0, 1, 1]}, "expected numbers above 0"),
+        ({"max_pixels": None}, "field 'max_pixels' is missing"),
+    ],
+)
+def test_a_preprocessor_that_makes_no_sense_is_refused(tmp_path, change, message):
+    stored = {"min_pixels": 1, "max_pixels": 2, "patch_size": 14, "temporal_patch_size": 2}
+    stored |= {"merge_size": 2, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(stored | change))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: .*{message}"):
+        read_preprocessor(path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="preprocessor_config.json: .*expected an object"):
+        read_preprocessor(path)
+
+
+def test_frames_of_several_sizes_are_refused():
+    frames = [np.zeros((28, 28, 3), np.uint8), np.zeros((56, 28, 3), np.uint8)]
+    with pytest.raises(ValueError, match="video is ragged: expected frames of one size"):
+        video_patches(frames, GOLDEN_CONFIG)
+
+
+def test_resizing_to_nothing_or_from_floats_is_refused():
+    with pytest.raises(ValueError, match="new size is 0 x 7 px"):
+        resize_bicubic(np.zeros((5, 5, 3), np.uint8), 0, 7)
+    with pytest.raises(ValueError, match="image is float32"):
+        resize_bicubic(np.zeros((5, 5, 3), np.float32), 7, 7)

@@ -62,14 +62,33 @@ def test_positions_are_those_of_the_reference(golden):
     ("types", "grids", "message"),
     [
         ([[I, _]], [(1, 4, 4)], "row 0 has 1 image tokens where its next grid gives 4"),
-        ([[_], [I]], [], "row 1 has image tokens but no image grid is left"),
+        ([[_], [I]], [], "row 1 has 1 image tokens left, expected 0: no image grid"),
         ([[_]], [(1, 2, 2)], "1 image grids belong to no row"),
-        ([[I, I]], [(1, 2, 2)], "row 0 has image tokens but no image grid is left"),
+        ([[I, I]], [(1, 2, 2)], "row 0 has 1 image tokens left, expected 0: no image grid"),
     ],
 )
 def test_tokens_and_grids_must_agree(types, grids, message):
     with pytest.raises(ValueError, match=message):
         _call(types, grids)
+
+
+@pytest.mark.parametrize("grid", [(1, 3, 4), (1, 1, 1), (0, 2, 2)])
+def test_grids_that_do_not_merge_are_refused(grid):
+    with pytest.raises(ValueError, match=r"image grid is \[.*\]: expected .* multiples of 2"):
+        _call([[I, _]], [grid, (1, 2, 2)])
+
+
+def test_unknown_token_types_and_unequal_shapes_are_refused():
+    with pytest.raises(ValueError, match="row 1 has token type 3: expected 0 for text"):
+        _call([[_, _], [_, 3]])
+    with pytest.raises(ValueError, match=r"token_types is \[1, 3\] and valid \[1, 2\]"):
+        mrope_positions(np.zeros((1, 3), int), np.ones((1, 2), bool), NONE, NONE)
+
+
+def test_a_row_of_padding_alone_has_no_positions():
+    positions, delta = _call([[-1, -1]])
+    assert positions.tolist() == [[[0, 0]]] * 3
+    assert delta.tolist() == [0]
 
 
 def test_videos_need_their_seconds():
