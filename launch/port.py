@@ -80,6 +80,7 @@ def convert(args):
     """HF directory -> Orbax directory."""
     from gear_jax.train import checkpoint
 
+    _apart(args)
     with checkpoint.new_directory(args.target) as target:
         model, config, tensors = models.open_source(
             args.model, args.source, args.config, args.patch_embed
@@ -106,6 +107,7 @@ def export(args):
     """Orbax directory -> HF directory, with the tensors' released names, shapes and dtypes."""
     from gear_jax.train import checkpoint
 
+    _apart(args)
     source = pathlib.Path(args.source)
     with checkpoint.new_directory(args.target) as target:
         manifest = files.load_json(source / _MANIFEST)
@@ -206,7 +208,10 @@ def _load(model, pairs, dtype, mesh):
         TextColumn("{task.fields[key]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("tensors", total=len(pairs), key="")
         arrays = table.load(
             pairs,
@@ -265,7 +270,14 @@ def _foreign(entry, model, params, manifest):
 def _copy_assets(source, target):
     for name in ASSETS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            shutil.copyfile(files.inside(source, name), target / name)
+
+
+def _apart(args):
+    """The target must not lie in the source."""
+    source, target = (pathlib.Path(x).resolve() for x in (args.source, args.target))
+    if target.is_relative_to(source):
+        raise files.CheckpointError(f"{args.target}: the target lies in the source, {args.source}")
 
 
 def _parser():

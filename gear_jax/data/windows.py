@@ -8,6 +8,7 @@ depend on where a robot's base stands (GEAR-VLA eq. 4-5). Decisions: systems.md 
 """
 
 import dataclasses
+from typing import cast
 
 import numpy as np
 
@@ -149,7 +150,7 @@ def mirror_single_arm(window: Window, spec: ActionSpec) -> Window:
     return dataclasses.replace(
         window,
         images={other.get(view, view): image for view, image in window.images.items()},
-        state={key: value[::-1].copy() for key, value in window.state.items()},
+        state=cast(State, {key: np.asarray(x)[::-1] for key, x in window.state.items()}),
         action=np.roll(window.action, half, axis=1),
         action_mask=np.roll(window.action_mask, half, axis=1),
     )

@@ -7,7 +7,6 @@ asked for ten rows of a tensor with its `pread` backend, reads all of it: 246 MB
 Faults: reliability.md 2h.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +30,8 @@ _SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2,
     "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-_MAX_JSON = 16 << 20  # bytes; the header of a 7B model has 90 thousand
+_MAX_JSON = 4 << 20  # bytes; the header of a 7B model has 90 thousand
+_MAX_SIDE, _MAX_AXES = 1 << 40, 64  # of a shape, so that no claim costs time
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _INDEX = "model.safetensors.index.json"
 _EXPONENT = {
@@ -80,29 +81,45 @@ class Tensor:
 
 
 def load_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file of at most 16 MiB.
+    """The object in a JSON file of at most 4 MiB.
 
     Raises:
-        CheckpointError: absent, too large, not UTF-8, not JSON, not an object, or a key twice.
+        CheckpointError: absent, no plain file, too large, not UTF-8, not JSON, not an object, or a
+            key twice.
     """
     path = pathlib.Path(path)
+    return _parse(_read_small(path), path.name)
+
+
+def _read_small(path: pathlib.Path) -> bytes:
+    """All bytes of a plain file of at most 4 MiB."""
+    size = _plain_size(path)
+    if size > _MAX_JSON:
+        raise CheckpointError(f"{path.name}: {size} bytes; at most {_MAX_JSON} are expected")
     try:
-        size = path.stat().st_size
-        if size > _MAX_JSON:
-            raise CheckpointError(f"{path.name}: {size} bytes; at most {_MAX_JSON} are expected")
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read: {error.strerror} ({path})") from error
-    return _parse(data, path.name)
+
+
+def _plain_size(path: pathlib.Path) -> int:
+    """Size of a plain file; anything else, such as a pipe or a device, could block or never end."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror} ({path})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path.name}: not a plain file ({path})")
+    return status.st_size
 
 
 def _parse(data: bytes, name: str) -> dict[str, Any]:
     def no_duplicates(pairs):
         made = dict(pairs)
         if len(made) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in made if keys.count(key) > 1)
-            raise CheckpointError(f"{name}: key {twice!r} stands there twice")
+            seen = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise CheckpointError(f"{name}: key {shorten(twice)} stands there twice")
         return made
 
     try:
@@ -112,10 +129,16 @@ def _parse(data: bytes, name: str) -> dict[str, Any]:
     except RecursionError as error:
         raise CheckpointError(f"{name}: JSON nested too deep") from error
     except ValueError as error:
-        raise CheckpointError(f"{name}: not valid UTF-8 JSON: {error}") from error
+        raise CheckpointError(f"{name}: not valid UTF-8 JSON: {shorten(str(error))}") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{name}: expected a JSON object, found {type(parsed).__name__}")
     return parsed
+
+
+def shorten(value: Any) -> str:
+    """A value as a message shows it: one line, at most 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def read_header(path: pathlib.Path) -> dict[str, Tensor]:
@@ -124,9 +147,8 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: anything but a well-formed file whose tensors cover its bytes exactly once.
     """
-    name = path.name
+    name, size = path.name, _plain_size(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
@@ -141,7 +163,9 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
             header = _parse(file.read(length), name)
     except OSError as error:
         raise CheckpointError(f"{name}: cannot be read: {error.strerror} ({path})") from error
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(x, str) for x in notes.values()):
+        raise CheckpointError(f"{name}: __metadata__ is {shorten(notes)}, expected texts by name")
     tensors, spans = {}, []
     for key, entry in header.items():
         dtype, shape, begin, end = _claims(name, key, entry)
@@ -151,15 +175,15 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
     for begin, end, key in sorted(spans):
         if begin != place:
             raise CheckpointError(
-                f"{name}: key {key!r} begins at byte {begin} of the data, expected {place}: "
+                f"{name}: key {shorten(key)} begins at byte {begin} of the data, expected {place}: "
                 "tensors overlap or leave a hole"
             )
         place = end
     if place != size - 8 - length:
         last = max(spans, default=(0, 0, None))[2]
         raise CheckpointError(
-            f"{name}: {size - 8 - length} bytes of data, but its tensors, of which {last!r} is the "
-            f"last, end at {place}"
+            f"{name}: {size - 8 - length} bytes of data, but its tensors, of which "
+            f"{shorten(last)} is the last, end at {place}"
         )
     return tensors
 
@@ -167,27 +191,25 @@ def read_header(path: pathlib.Path) -> dict[str, Tensor]:
 def _claims(name: str, key: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one header entry."""
 
-    def whole(values, count=None):
-        fine = isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
-        return fine and count in (None, len(values))
+    def whole(values, most, count=None):
+        fine = isinstance(values, list) and all(type(v) is int and 0 <= v <= most for v in values)
+        return fine and (len(values) == count if count else len(values) <= _MAX_AXES)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{name}: key {key!r} has no plain dtype, shape and data_offsets")
+        raise CheckpointError(f"{name}: key {shorten(key)} has no plain dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _SIZES:
-        raise CheckpointError(f"{name}: key {key!r} has unknown dtype {dtype!r}")
-    if not whole(shape) or not whole(offsets, 2):
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        raise CheckpointError(f"{name}: key {shorten(key)} has unknown dtype {shorten(dtype)}")
+    if not whole(shape, _MAX_SIDE) or not whole(offsets, 1 << 63, 2):
         raise CheckpointError(
-            f"{name}: key {key!r} has shape {str(shape)[:80]} and data_offsets "
-            f"{str(offsets)[:80]}: expected lists of whole numbers from 0"
+            f"{name}: key {shorten(key)} has shape {shorten(shape)} and data_offsets "
+            f"{shorten(offsets)}: expected lists of whole numbers from 0"
         )
-    needed = _SIZES[dtype]
-    for side in shape:
-        needed *= side
+    needed = _SIZES[dtype] * math.prod(shape)
     if offsets[1] - offsets[0] != needed:
         raise CheckpointError(
-            f"{name}: key {key!r}, {dtype} of shape {str(shape)[:80]}, needs {str(needed)[:40]} "
-            f"bytes but has offsets {offsets}"
+            f"{name}: key {shorten(key)}, {dtype} of shape {shorten(shape)}, needs "
+            f"{shorten(needed)} bytes but has offsets {offsets}"
         )
     return dtype, tuple(shape), *offsets
 
@@ -216,7 +238,7 @@ def open_directory(
         files, index = list(parts), None
     else:
         files, index = _listed(directory)
-    paths = [_inside(directory, name) for name in files]
+    paths = [inside(directory, name) for name in files]
     _verify_sums(directory, paths)
     tensors = {}
     for path in paths:
@@ -234,33 +256,35 @@ def open_directory(
 def _listed(directory: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
     """File names of a Hugging Face checkpoint, and its index {key: file name} or None."""
     single, index = directory / "model.safetensors", directory / _INDEX
-    if single.exists() and index.exists():
+    if os.path.lexists(single) and os.path.lexists(index):
         raise CheckpointError(
             f"{directory}: both model.safetensors and {_INDEX} are there: remove one"
         )
-    if single.exists():
+    if os.path.lexists(single):
         return ["model.safetensors"], None
-    if not index.exists():
+    if not os.path.lexists(index):
         names = sorted(path.name for path in directory.iterdir())
         if pickled := [name for name in names if name.endswith(_PICKLED)]:
             raise CheckpointError(_pickled(pickled[0]))
         raise CheckpointError(
             f"{directory}: neither model.safetensors nor {_INDEX} is there, only {names[:5]}"
         )
-    listed = load_json(index).get("weight_map")
+    listed = load_json(inside(directory, _INDEX)).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise CheckpointError(f"{_INDEX}: expected 'weight_map', an object of key: file name")
     if not listed:
         raise CheckpointError(f"{_INDEX}: 'weight_map' is empty")
     for key, name in listed.items():
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
             raise CheckpointError(
-                f"{_INDEX}: key {key!r} lies in {name!r}: expected the plain name of a "
-                ".safetensors file"
+                f"{_INDEX}: key {shorten(key)} lies in {shorten(name)}: expected the "
+                "plain name of a .safetensors file"
             )
     for key, name in listed.items():
         if not (directory / name).exists():
-            raise CheckpointError(f"{_INDEX}: key {key!r} lies in {name!r}, which is not there")
+            raise CheckpointError(
+                f"{_INDEX}: key {shorten(key)} lies in {name!r}, which is not there"
+            )
     return sorted(set(listed.values())), listed
 
 
@@ -271,7 +295,7 @@ def _pickled(name):
     )
 
 
-def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
+def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
     """The path of a file; a link may lead only into the directory or its hub cache's `blobs`."""
     path = directory / name
     real, home = path.resolve(), directory.resolve()
@@ -286,27 +310,33 @@ def _inside(directory: pathlib.Path, name: str) -> pathlib.Path:
 def _compare_index(index: dict[str, str], tensors: dict[str, Tensor]) -> None:
     for key, name in index.items():
         if key not in tensors or tensors[key].file.name != name:
-            raise CheckpointError(f"{_INDEX}: key {key!r} is said to be in {name}, which lacks it")
+            raise CheckpointError(
+                f"{_INDEX}: key {shorten(key)} is said to be in {name}, which lacks it"
+            )
     for key, tensor in tensors.items():
         if key not in index:
-            raise CheckpointError(f"{tensor.file.name}: key {key!r} is not in {_INDEX}")
+            raise CheckpointError(f"{tensor.file.name}: key {shorten(key)} is not in {_INDEX}")
 
 
 def _verify_sums(directory: pathlib.Path, paths: list[pathlib.Path]) -> None:
     """Compare with SHA256SUMS, where the publisher gave one (lines `<hex>  <file name>`)."""
     sums = directory / "SHA256SUMS"
-    if not sums.exists():
+    if not os.path.lexists(sums):
         return
-    expected = {}
-    with contextlib.suppress(UnicodeDecodeError):
-        for line in sums.read_text("utf-8").splitlines():
-            if match := re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line):
-                expected[match[2]] = match[1]
+    expected: dict[str, str] = {}
+    for line in _read_small(inside(directory, sums.name)).decode("utf-8", "replace").splitlines():
+        match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
+        if match and expected.setdefault(match[2], match[1].lower()) != match[1].lower():
+            raise CheckpointError(f"SHA256SUMS: two different sums for {shorten(match[2])}")
     for path in paths:
         if path.name not in expected:
             raise CheckpointError(f"SHA256SUMS: has no line `<sha256>  {path.name}`")
-        if sha256(path) != expected[path.name]:
-            raise CheckpointError(f"{path.name}: its sha256 is not the one in SHA256SUMS: damaged")
+    for name, digest in expected.items():
+        path = directory / name
+        if path in paths or (name == "config.json" and path.is_file()):
+            _plain_size(path)
+            if sha256(path) != digest:
+                raise CheckpointError(f"{name}: its sha256 is not the one in SHA256SUMS: damaged")
 
 
 def sha256(path: pathlib.Path) -> str:

@@ -8,6 +8,8 @@ so that nothing passes unseen. All arithmetic is float32 at the highest matmul p
 import dataclasses
 import json
 import re
+import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from gear_jax.towers.projector import Projector
 from gear_jax.towers.qwen_vision import QwenVision
 
 ATOL, RTOL = 2e-4, 1e-4
+_DAMAGED = (zipfile.BadZipFile, zlib.error)
 GRADIENT_RTOL = 1e-3
 
 _QWEN_INPUTS = re.compile(
@@ -56,7 +59,7 @@ def read_case(path):
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, *_DAMAGED) as error:
         raise CheckpointError(f"{path.name}: not a readable .npz case: {error}") from error
 
 
@@ -98,9 +101,18 @@ def check_qwen(case, arrays, params, cfg, entries, sizes):
         entries: the porting entries, to name gradients as the reference does.
         sizes: the table's axis sizes.
     """
-    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        if key not in arrays:
+    shape = arrays["input_ids"].shape if "input_ids" in arrays else ()
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
+        array = arrays.get(key)
+        if array is None and key != "labels":
             raise CheckpointError(f"{case}: array {key!r} is missing")
+        if array is not None and (
+            array.ndim != 2 or array.shape != shape or array.dtype.kind not in "iub"
+        ):
+            raise CheckpointError(
+                f"{case}: {key} is {array.dtype}{list(array.shape)}: expected integers "
+                "[B, T], as all token arrays"
+            )
     compared = _preprocessing(case, arrays, cfg)
     valid = arrays["attention_mask"].astype(bool)
     media = {
@@ -238,7 +250,7 @@ def _language(case, arrays, params, cfg, batch, valid):
             elif output.startswith("cache"):
                 where = np.broadcast_to(valid[None, :, None], ours.shape[:4])
             compared.append(_close(case, output, ours, arrays[output], where))
-    if "generated_ids" in arrays:
+    if arrays.get("generated_ids", np.zeros(0)).ndim == 2:
         steps = arrays["generated_ids"].shape[1]
 
         @jax.jit

@@ -92,7 +92,7 @@ def open_source(
         parts = ["aggregator.safetensors", _patch_embed_file(source, patch_embed)]
         patch_embed = parts[1].removeprefix("patch_embed_").removesuffix(".safetensors")
     tensors = files.open_directory(source, parts)
-    config = files.load_json(source / config_name)
+    config = files.load_json(files.inside(source, config_name))
     return describe(name, config, config_name, patch_embed), config, tensors
 
 

@@ -1,5 +1,6 @@
 """Qwen2.5-VL on Hugging Face <-> gear_jax: config.json and key table. ported_models.md A1, A2."""
 
+from gear_jax.porting.config import Fields
 from gear_jax.porting.files import CheckpointError
 from gear_jax.porting.table import Row, Table
 from gear_jax.systems.vlm import VlmConfig
@@ -47,6 +48,7 @@ _ROWS = (
     *(Row("model.layers.{i}." + a, "language/layers/" + b, pattern) for a, b, pattern in _LANGUAGE),
     Row("model.norm.weight", "language/final_norm/scale", "d -> d"),
 )
+_MOST_LAYERS = 1024
 _HEAD = Row("lm_head.weight", "language/head", "v d -> v d")
 
 
@@ -78,90 +80,78 @@ def read_config(config: dict, name: str = "config.json") -> VlmConfig:
     Raises:
         CheckpointError: another model, a missing field, or an option we do not build.
     """
-    top = _Fields(config, name)
-    if config.get("model_type") != "qwen2_5_vl":
-        raise CheckpointError(
-            f"{name}: model_type is {config.get('model_type')!r}, not 'qwen2_5_vl'"
-        )
-    text = _Fields(config.get("text_config", config), name)
-    vision = _Fields(top.get("vision_config"), f"{name}: vision_config")
-    rope = _Fields(text.get("rope_parameters", "rope_scaling"), f"{name}: rope_scaling")
-    for fields, key, wanted in (
-        (text, "hidden_act", ("silu",)),
-        (vision, "hidden_act", ("silu",)),
-        (text, "use_sliding_window", (False,)),
-        (rope, "rope_type", ("default", "mrope")),
-    ):
-        value = fields.get("type" if key == "rope_type" and "rope_type" not in fields else key)
-        if value not in wanted:
-            raise CheckpointError(f"{fields.name}: {key} is {value!r}, expected one of {wanted}")
-    heads = text.get("num_attention_heads")
-    width, vision_width = text.get("hidden_size"), vision.get("hidden_size")
-    sections = tuple(rope.get("mrope_section"))
-    head_dim = text.get("head_dim", default=None) or width // heads
-    if width % heads or heads % text.get("num_key_value_heads") or 2 * sum(sections) != head_dim:
+    top = Fields(config, name)
+    top.only("model_type", "qwen2_5_vl")
+    text = top.section("text_config", default=config)
+    vision = top.section("vision_config")
+    rope = text.section("rope_parameters", "rope_scaling")
+    text.only("hidden_act", "silu")
+    vision.only("hidden_act", "silu")
+    text.only("use_sliding_window", False)
+    rope.only("rope_type" if "rope_type" in rope else "type", "default", "mrope")
+    width, heads = text.count("hidden_size"), text.count("num_attention_heads")
+    kv_heads, sections = text.count("num_key_value_heads"), rope.counts("mrope_section")
+    head_dim = width // heads
+    if text.get("head_dim", default=None) is not None:
+        head_dim = text.count("head_dim")
+    if width % heads or heads % kv_heads or len(sections) != 3 or 2 * sum(sections) != head_dim:
         raise CheckpointError(
             f"{name}: hidden_size {width}, num_attention_heads {heads}, num_key_value_heads "
-            f"{text.get('num_key_value_heads')} and mrope_section {sections} do not fit together"
+            f"{kv_heads} and mrope_section {sections} do not fit together"
         )
-    if vision.get("out_hidden_size") != width:
-        raise CheckpointError(
-            f"{name}: vision out_hidden_size is {vision.get('out_hidden_size')}, not {width}"
-        )
-    vision_rope = vision.get("rope_parameters", default={"rope_theta": 10_000.0})
-    merge = vision.get("spatial_merge_size")
+    if vision.count("out_hidden_size") != width:
+        vision.refuse("out_hidden_size", vision.get("out_hidden_size"), f"hidden_size, {width}")
+    vocab_size = text.count("vocab_size")
+    tied = top if "tie_word_embeddings" in top else text
+    theta = rope if "rope_theta" in rope else text
     return VlmConfig(
-        vision=QwenVisionConfig(
-            depth=vision.get("depth"),
-            width=vision_width,
-            num_heads=vision.get("num_heads"),
-            mlp_dim=vision.get("intermediate_size"),
-            full_attention_layers=tuple(vision.get("fullatt_block_indexes")),
-            patch_size=vision.get("patch_size", "spatial_patch_size"),
-            temporal_patch=vision.get("temporal_patch_size"),
-            spatial_merge=merge,
-            window_size=vision.get("window_size"),
-            channels=vision.get("in_channels", "in_chans"),
-            rope_theta=vision_rope["rope_theta"],
-        ),
+        vision=_vision_config(vision),
         projector=ProjectorConfig(
-            vision_width=vision_width, geometry_width=None, merge=merge**2, width=width
+            vision_width=vision.count("hidden_size"),
+            geometry_width=None,
+            merge=vision.count("spatial_merge_size") ** 2,
+            width=width,
         ),
         language=QwenLanguageConfig(
-            depth=text.get("num_hidden_layers"),
+            depth=text.count("num_hidden_layers", most=_MOST_LAYERS),
             width=width,
             num_heads=heads,
-            num_kv_heads=text.get("num_key_value_heads"),
-            mlp_dim=text.get("intermediate_size"),
-            vocab_size=text.get("vocab_size"),
+            num_kv_heads=kv_heads,
+            mlp_dim=text.count("intermediate_size"),
+            vocab_size=vocab_size,
             head_dim=head_dim,
-            rope_theta=rope.get("rope_theta", default=None) or text.get("rope_theta"),
+            rope_theta=theta.positive("rope_theta"),
             rope_sections=sections,
-            norm_eps=text.get("rms_norm_eps"),
-            tied_head=top.get("tie_word_embeddings"),
+            norm_eps=text.positive("rms_norm_eps"),
+            tied_head=tied.flag("tie_word_embeddings"),
         ),
-        image_token=top.get("image_token_id"),
-        video_token=top.get("video_token_id"),
-        tokens_per_second=float(vision.get("tokens_per_second")),
+        image_token=top.count("image_token_id", least=0, most=vocab_size - 1),
+        video_token=top.count("video_token_id", least=0, most=vocab_size - 1),
+        tokens_per_second=vision.positive("tokens_per_second"),
     )
 
 
-_NEEDED = object()
-
-
-class _Fields(dict):
-    """A config section whose missing fields are errors that name it."""
-
-    def __init__(self, values, name):
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{name}: expected an object, found {type(values).__name__}")
-        super().__init__(values)
-        self.name = name
-
-    def get(self, *keys, default=_NEEDED):
-        for key in keys:
-            if self.__contains__(key):
-                return self[key]
-        if default is _NEEDED:
-            raise CheckpointError(f"{self.name}: field {keys[0]!r} is missing")
-        return default
+def _vision_config(fields: Fields) -> QwenVisionConfig:
+    depth = fields.count("depth", most=_MOST_LAYERS)
+    width, heads = fields.count("hidden_size"), fields.count("num_heads")
+    patch = fields.count("patch_size", "spatial_patch_size")
+    merge, window = fields.count("spatial_merge_size"), fields.count("window_size")
+    if width % heads or (width // heads) % 4:
+        fields.refuse("num_heads", heads, f"a number of heads of 4, 8, .. channels of {width}")
+    if window % (patch * merge):
+        fields.refuse("window_size", window, f"a multiple of {patch * merge} pixels")
+    rope = fields.section("rope_parameters", default={"rope_type": "axial", "rope_theta": 10_000.0})
+    rope.only("rope_type", "axial", "default", default="axial")
+    return QwenVisionConfig(
+        depth=depth,
+        width=width,
+        num_heads=heads,
+        mlp_dim=fields.count("intermediate_size"),
+        full_attention_layers=fields.counts("fullatt_block_indexes", most=depth - 1),
+        patch_size=patch,
+        temporal_patch=fields.count("temporal_patch_size"),
+        spatial_merge=merge,
+        window_size=window,
+        channels=fields.count("in_channels", "in_chans"),
+        rope_theta=rope.positive("rope_theta"),
+    )

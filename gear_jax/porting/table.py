@@ -8,6 +8,7 @@ that need them.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from gear_jax.porting.files import DTYPES, CheckpointError, Tensor
+from gear_jax.porting.files import DTYPES, CheckpointError, Tensor, shorten
 
 _PART = 8 << 20  # bytes read at a time
 _SHOWN = 20  # faults named in one error
@@ -142,7 +143,7 @@ def match(
         name = released_name(table, key)
         if name in found:
             twin = found[name].key
-            faults.append(f"{tensor.file.name}: {key!r} and {twin!r} are the same parameter")
+            faults.append(f"{tensor.file.name}: {shorten(key)} and {twin!r} are the same parameter")
         found[name] = tensor
     for entry in entries(table, targets):
         tensor = found.pop(entry.key, None)
@@ -150,7 +151,7 @@ def match(
             faults.append(f"{entry.key!r} is missing, expected with shape {list(entry.shape)}")
         elif tensor.shape != entry.shape:
             faults.append(
-                f"{tensor.file.name}: {tensor.key!r} has shape {str(list(tensor.shape))[:80]}, "
+                f"{tensor.file.name}: {tensor.key!r} has shape {shorten(list(tensor.shape))}, "
                 f"expected {list(entry.shape)}"
             )
         elif tensor.dtype not in DTYPES:
@@ -160,7 +161,7 @@ def match(
             )
         else:
             pairs.append((entry, tensor))
-    faults += [f"{t.file.name}: {t.key!r} is not part of this model" for t in found.values()]
+    faults += [f"{t.file.name}: {shorten(t.key)} is not part of this model" for t in found.values()]
     if not faults and not cast:
         faults = _mixed(pairs)
     if faults:
@@ -285,7 +286,7 @@ def _parts(left, right, entry, tensor, axes):
 
     Yields (start, stop along that axis, (foreign rows), dimension of ours, stride there).
     """
-    size = DTYPES[tensor.dtype].itemsize * int(np.prod(entry.shape, dtype=np.int64))
+    size = DTYPES[tensor.dtype].itemsize * math.prod(entry.shape)
     outer = left[0][0] if left and left[0] else None
     group = next((g for g in right if outer in g), None)
     if size <= _PART or outer is None or group[0] != outer:
@@ -328,7 +329,7 @@ def _bind(side, shape, sizes, row):
     for group, length in zip(side, shape, strict=True):
         known = {a: sizes[a] for a in group if a in sizes}
         unknown = [a for a in group if a not in sizes]
-        rest, odd = divmod(length, int(np.prod(list(known.values()), dtype=np.int64)))
+        rest, odd = divmod(length, math.prod(list(known.values())))
         if odd or len(unknown) > 1 or (not unknown and rest != 1):
             raise ValueError(
                 f"{row.ours}: shape {shape} does not fit pattern {row.pattern!r}, {sizes}"

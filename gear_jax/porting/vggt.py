@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gear_jax.porting.files import CheckpointError
+from gear_jax.porting.config import Fields
 from gear_jax.porting.table import Row, Table
 from gear_jax.towers.dinov2 import Dinov2Config
 from gear_jax.towers.vggt import VggtConfig
@@ -10,9 +10,9 @@ from gear_jax.towers.vggt import VggtConfig
 _BLOCK = (
     ("norm1.weight", "attn_norm/scale", "d -> d"),
     ("norm1.bias", "attn_norm/bias", "d -> d"),
-    ("attn.qkv.weight", "qkv/kernel", "(three n h) d -> d three n h"),
-    ("attn.qkv.bias", "qkv/bias", "(three n h) -> three n h"),
-    ("attn.proj.weight", "proj/kernel", "d (n h) -> n h d"),
+    ("attn.qkv.weight", "qkv/kernel", "(three n head) d -> d three n head"),
+    ("attn.qkv.bias", "qkv/bias", "(three n head) -> three n head"),
+    ("attn.proj.weight", "proj/kernel", "d (n head) -> n head d"),
     ("attn.proj.bias", "proj/bias", "d -> d"),
     ("ls1.gamma", "attn_scale", "d -> d"),
     ("norm2.weight", "mlp_norm/scale", "d -> d"),
@@ -24,10 +24,11 @@ _BLOCK = (
     ("ls2.gamma", "mlp_scale", "d -> d"),
 )
 _QK_NORM = tuple(
-    (f"attn.{x}_norm.{a}", f"{x}_norm/{b}", "h -> h")
+    (f"attn.{x}_norm.{a}", f"{x}_norm/{b}", "head -> head")
     for x in "qk"
     for a, b in (("weight", "scale"), ("bias", "bias"))
 )
+_DINO_BLOCK = tuple((a, b, pattern.replace("head", "dino_head")) for a, b, pattern in _BLOCK)
 _CONV = "patch_tokens/linear/proj"
 _DINO = "patch_tokens/dino"
 _MASK_TOKEN = "unused/dino_mask_token"  # in the released file, read by no forward pass
@@ -63,7 +64,7 @@ def table(cfg: VggtConfig) -> Table:
             Row(pre + "pos_embed", f"{_DINO}/pos_embed", "1 t d -> t d"),
             Row(pre + "register_tokens", f"{_DINO}/registers", "1 t d -> t d"),
             *_patches(pre + "patch_embed.proj", f"{_DINO}/patch_embed/proj"),
-            *_blocks(pre + "blocks", f"{_DINO}/layers", _BLOCK),
+            *_blocks(pre + "blocks", f"{_DINO}/layers", _DINO_BLOCK),
             Row(pre + "norm.weight", f"{_DINO}/norm/scale", "d -> d"),
             Row(pre + "norm.bias", f"{_DINO}/norm/bias", "d -> d"),
         )
@@ -75,7 +76,8 @@ def table(cfg: VggtConfig) -> Table:
         rows=rows,
         sizes={
             "three": 3,
-            "h": cfg.width // cfg.num_heads,
+            "head": cfg.width // cfg.num_heads,
+            "dino_head": cfg.dino.width // cfg.dino.num_heads if cfg.dino else 1,
             "c": 3,
             "p": cfg.patch_size,
             "q": cfg.patch_size,
@@ -101,55 +103,52 @@ def read_config(
     Raises:
         CheckpointError: an option we do not build, or sizes that do not fit together.
     """
-    aggregator = config.get("aggregator", config)
-    dino = config.get("dino", {})
-    if not isinstance(aggregator, dict) or not isinstance(dino, dict):
-        raise CheckpointError(f"{name}: expected objects under 'aggregator' and 'dino'")
-    for section, fixed in (
-        (aggregator, {"aa_order": ["frame", "global"], "aa_block_size": 1, "qk_norm": True}),
-        (aggregator, {"qkv_bias": True, "proj_bias": True, "ffn_bias": True}),
-        (dino, {"interpolate_antialias": True, "interpolate_offset": 0.0, "block_chunks": 0}),
-    ):
-        for key, value in fixed.items():
-            if section.get(key, value) != value:
-                raise CheckpointError(f"{name}: {key} is {section[key]!r}, only {value!r} is built")
-    kind = patch_embed or str(aggregator.get("patch_embed", "dino"))
-    width = aggregator.get("embed_dim", 1024)
-    sizes = {
-        "width": width,
-        "num_heads": aggregator.get("num_heads", 16),
-        "patch_size": aggregator.get("patch_size", 14),
-    }
-    cfg = VggtConfig(
-        depth=aggregator.get("depth", 24),
-        mlp_dim=int(width * aggregator.get("mlp_ratio", 4.0)),
-        num_registers=aggregator.get("num_register_tokens", 4),
-        rope_theta=float(aggregator.get("rope_freq", 100)),
-        dino=None,
-        **sizes,
+    top = Fields(config, name)
+    aggregator = top.section("aggregator", default=config)
+    dino = top.section("dino", default={})
+    aggregator.only("aa_order", ["frame", "global"], default=["frame", "global"])
+    aggregator.only("aa_block_size", 1, default=1)
+    for key in ("qk_norm", "qkv_bias", "proj_bias", "ffn_bias"):
+        aggregator.only(key, True, default=True)
+    dino.only("interpolate_antialias", True, default=True)
+    dino.only("interpolate_offset", 0, 0.0, default=0.0)
+    dino.only("block_chunks", 0, default=0)
+    kind = patch_embed or aggregator.get("patch_embed", default="dino")
+    if kind not in ("conv", "dino") and not str(kind).startswith("dinov2"):
+        aggregator.refuse("patch_embed", kind, "'conv', 'dino' or a 'dinov2_..' model")
+    cfg = VggtConfig(depth=aggregator.count("depth", most=1024, default=24), dino=None)
+    cfg = dataclasses.replace(
+        cfg,
+        num_registers=aggregator.count("num_register_tokens", default=4),
+        rope_theta=aggregator.positive("rope_freq", default=100),
+        **_widths(aggregator, heads_of=4),
     )
-    if width % cfg.num_heads or (width // cfg.num_heads) % 4:
-        raise CheckpointError(
-            f"{name}: embed_dim {width} does not split into {cfg.num_heads} heads"
-        )
-    if kind.startswith("conv"):
+    if kind == "conv":
         return cfg
-    image = dino.get("img_size", aggregator.get("img_size", 518))
-    sizes |= {"num_heads": dino.get("num_heads", 16)}
-    if (
-        dino.get("embed_dim", width) != width
-        or dino.get("patch_size", cfg.patch_size) != cfg.patch_size
-    ):
-        raise CheckpointError(
-            f"{name}: DINO's embed_dim or patch_size differs from the aggregator's"
-        )
+    for key, ours in (("embed_dim", cfg.width), ("patch_size", cfg.patch_size)):
+        dino.only(key, ours, default=ours)
+    image = dino if "img_size" in dino else aggregator
+    widths = _widths(dino, heads_of=1, embed_dim=cfg.width, patch_size=cfg.patch_size)
     return dataclasses.replace(
         cfg,
         dino=Dinov2Config(
-            depth=dino.get("depth", 24),
-            mlp_dim=int(width * dino.get("mlp_ratio", 4.0)),
-            pos_embed_grid=image // cfg.patch_size,
-            num_registers=dino.get("num_register_tokens", 4),
-            **sizes,
+            depth=dino.count("depth", most=1024, default=24),
+            pos_embed_grid=image.count("img_size", default=518) // cfg.patch_size,
+            num_registers=dino.count("num_register_tokens", default=4),
+            **widths,
         ),
     )
+
+
+def _widths(fields: Fields, heads_of: int, embed_dim: int = 1024, patch_size: int = 14) -> dict:
+    """Width, heads, MLP and patch of the aggregator or of DINOv2."""
+    width = fields.count("embed_dim", default=embed_dim)
+    heads = fields.count("num_heads", default=16)
+    if width % (heads * heads_of):
+        fields.refuse("num_heads", heads, f"a divisor of {width // heads_of}")
+    return {
+        "width": width,
+        "num_heads": heads,
+        "mlp_dim": int(width * fields.positive("mlp_ratio", most=64, default=4.0)),
+        "patch_size": fields.count("patch_size", default=patch_size),
+    }

@@ -160,7 +160,9 @@ def generate(
     valid = batch["segments"] > 0
     last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     first = logits(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
-    position = jnp.max(jnp.where(valid[None], batch["positions"], 0), axis=(0, 2)) + 1
+    # text goes on from the last token, even where a video's time axis ran further ahead
+    here = jnp.take_along_axis(batch["positions"], last[None, :, None], axis=2)
+    position = jnp.max(here, axis=(0, 2)) + 1
     grow = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
     cache = jax.tree.map(lambda x: jnp.pad(x, grow), kv)
     cache_segments = jnp.pad(batch["segments"], ((0, 0), (0, max_new_tokens)))

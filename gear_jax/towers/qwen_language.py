@@ -42,7 +42,7 @@ class _Block(nn.Module):
     cfg: QwenLanguageConfig
 
     @nn.compact
-    def __call__(self, x, memory, angles, segments, memory_segments):
+    def __call__(self, x, memory, angles, segments, kv_segments):
         c = self.cfg
         types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         heads = functools.partial(nn.DenseGeneral, **types)
@@ -53,12 +53,11 @@ class _Block(nn.Module):
         q = attention.rotate(heads((c.num_heads, c.head_dim), name="q")(y), angles)
         k = attention.rotate(heads((c.num_kv_heads, c.head_dim), name="k")(y), angles)
         v = heads((c.num_kv_heads, c.head_dim), name="v")(y)
-        keys, values, kv_segments = k, v, segments
+        keys, values = k, v
         if memory is not None:
             keys, values = (
                 jnp.concatenate(pair, axis=1) for pair in zip(memory, (k, v), strict=True)
             )
-            kv_segments = jnp.concatenate([memory_segments, segments], axis=1)
         y = attention.attend(
             q,
             keys,
@@ -98,8 +97,9 @@ class QwenLanguage(nn.Module):
         Args:
             tokens: int32[B, T].
             positions: int32[3, B, T], time, height and width (data/sequences.py).
-            segments: int32[B, T]; tokens see earlier tokens of the same segment. 0 is padding by
-                convention, 1 the sequence, higher numbers further packed sequences.
+            segments: int32[B, T]; tokens see earlier tokens of the same segment: 1 is the sequence,
+                higher numbers further packed sequences. 0 is padding: it sees nothing, nothing sees
+                it, and its output is a finite average without meaning (as the reference's).
             inserts: [B, I, D], features that stand in for the embedding of some tokens.
             insert_index: int32[B, T], row of `inserts` for a token, -1 for its own embedding.
             memory: (keys, values), each [L, B, M, K, H], of earlier tokens, keys already turned.
@@ -120,6 +120,9 @@ class QwenLanguage(nn.Module):
             rows = jnp.maximum(insert_index, 0)[..., None]
             picked = jnp.take_along_axis(inserts.astype(c.dtype), rows, axis=1)
             x = jnp.where((insert_index >= 0)[..., None], picked, x)
+        kv_segments = jnp.where(segments > 0, segments, -1)
+        if memory is not None:
+            kv_segments = jnp.concatenate([memory_segments, kv_segments], axis=1)
         angles = attention.multimodal_rotary(positions, c.head_dim, c.rope_theta, c.rope_sections)
         x, taps, kv = run_layers(
             _Block(c, name="layers"),
@@ -127,7 +130,7 @@ class QwenLanguage(nn.Module):
             memory,
             angles,
             segments,
-            memory_segments,
+            kv_segments,
             length=c.depth,
             remat=c.remat,
             taps=taps,

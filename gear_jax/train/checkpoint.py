@@ -29,9 +29,11 @@ def new_directory(target: str | os.PathLike) -> Iterator[pathlib.Path]:
         FileExistsError: `target` exists.
     """
     target = pathlib.Path(target).absolute()
-    if target.exists():
-        raise FileExistsError(f"{target}: already exists; choose another name or remove it")
     partial = target.with_name(f".{target.name}.partial")
+    for path in (target, partial):
+        if os.path.lexists(path) and not (path == partial and path.is_dir()):
+            raise FileExistsError(f"{path}: already exists; choose another name or remove it")
+    parents = [parent for parent in target.parents if not parent.exists()]
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -41,6 +43,8 @@ def new_directory(target: str | os.PathLike) -> Iterator[pathlib.Path]:
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in parents:
+            parent.rmdir()
         raise
 
 

@@ -295,3 +295,56 @@ def test_two_gibibytes_load_in_bounded_memory_and_survive_a_kill(tmp_path):
         assert np.array_equal(tensor.read().view(np.uint16), source[key].read().view(np.uint16)), (
             key
         )
+
+
+def _convert(source, target):
+    arguments = ["convert", "--model", "qwen2_5_vl", "--source", str(source)]
+    return port.main([*arguments, "--target", str(target)])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "SHA256SUMS"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory", "link out", "dangling link"])
+def test_what_is_no_plain_file_of_the_source_is_never_opened(tmp_path, capsys, name, kind):
+    source = tmp_path / "hf"
+    _write(source, CONFIG["qwen2_5_vl"])
+    path = source / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "link out": "/etc/hostname"}.get(kind, "nowhere"))
+    assert _convert(source, tmp_path / "ours") == 4
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert name in error
+    assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_files_beside_the_weights_travel_but_not_through_links_out(tmp_path, capsys):
+    source = tmp_path / "hf"
+    _write(source, CONFIG["qwen2_5_vl"])
+    (source / "tokenizer_config.json").write_text("{}")
+    assert _convert(source, tmp_path / "ours") == 0
+    assert (tmp_path / "ours" / "tokenizer_config.json").read_text() == "{}"
+    (source / "vocab.json").symlink_to("/etc/hostname")
+    assert _convert(source, tmp_path / "other") == 4
+    assert "vocab.json: a link that leads out of" in capsys.readouterr().err
+
+
+def test_targets_that_cannot_be_are_refused_before_anything_is_read(tmp_path, capsys):
+    source = tmp_path / "hf"
+    _write(source, CONFIG["qwen2_5_vl"])
+    assert _convert(source, source / "ours") == 4
+    assert "the target lies in the source" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to("nowhere")
+    assert _convert(source, tmp_path / "link") == 4
+    assert "link: already exists" in capsys.readouterr().err
+    (tmp_path / ".ours.partial").touch()
+    assert _convert(source, tmp_path / "ours") == 4
+    assert ".ours.partial: already exists" in capsys.readouterr().err
+    (source / "model.safetensors").unlink()
+    assert _convert(source, tmp_path / "a" / "b" / "c") == 4
+    assert not (tmp_path / "a").exists()
