@@ -166,3 +166,24 @@ def _text(tokens, valid):
         "positions": jnp.asarray(np.stack([positions] * 3), jnp.int32),
         "segments": jnp.asarray(valid, jnp.int32),
     }
+
+
+def test_decoding_goes_on_from_the_last_token_even_after_a_video_that_ran_ahead(params, cfg):
+    plain = dataclasses.replace(cfg, geometry=None)
+    prompt = np.array([[5, 6, 7, 8, 9]], np.int32)
+    places = [0, 1, 30, 2, 3]  # the third token's time axis is far ahead of the text after it
+
+    def batch(tokens, positions):
+        ahead = np.array(positions, np.int32)[None, None]
+        text = np.where(ahead == 30, 1, ahead)
+        return _text(tokens, np.ones(tokens.shape, bool)) | {
+            "positions": jnp.asarray(np.concatenate([ahead, text, text]))
+        }
+
+    ours, _ = jax.jit(vlm.generate, static_argnums=1, static_argnames="max_new_tokens")(
+        params, plain, batch(prompt, places), max_new_tokens=3
+    )
+    whole = np.concatenate([prompt, ours], axis=1)
+    hidden, _, _ = vlm.forward(params, plain, batch(whole, [*places, 4, 5, 6]))
+    expected = np.argmax(vlm.logits(params, hidden)[:, 4:7], axis=-1)
+    assert ours.tolist() == expected.tolist()
