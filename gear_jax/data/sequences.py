@@ -7,6 +7,11 @@ import numpy as np
 TEXT, IMAGE, VIDEO = 0, 1, 2
 
 
+def token_types(tokens, image_token, video_token):
+    """`TEXT`, `IMAGE` or `VIDEO` for each of tokens int[...], by the ids of the two pads."""
+    return np.where(tokens == image_token, IMAGE, np.where(tokens == video_token, VIDEO, TEXT))
+
+
 def mrope_positions(
     token_types,
     valid,

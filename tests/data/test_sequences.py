@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gear_jax.data.sequences import IMAGE, TEXT, VIDEO, mrope_positions
+from gear_jax.data.sequences import IMAGE, TEXT, VIDEO, mrope_positions, token_types
 
 I, V, _ = IMAGE, VIDEO, TEXT  # noqa: E741
 NONE = np.zeros((0, 3), int)
@@ -11,6 +11,10 @@ def _call(types, images=NONE, videos=NONE, **options):
     types = np.array(types)
     valid = types >= 0
     return mrope_positions(np.where(valid, types, TEXT), valid, images, videos, **options)
+
+
+def test_pads_tell_what_a_token_stands_for():
+    assert token_types(np.array([[7, 5, 5, 6, 7]]), 5, 6).tolist() == [[_, I, I, V, _]]
 
 
 def test_an_image_spreads_over_its_grid_and_text_goes_on_after_its_longer_side():

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from gear_jax.data.vlm_batch import IMAGE, TEXT, VIDEO, vlm_batch
+from gear_jax.data.sequences import IMAGE, TEXT, VIDEO
+from gear_jax.data.vlm_batch import vlm_batch
 
 I, V, _ = IMAGE, VIDEO, TEXT  # noqa: E741
 
