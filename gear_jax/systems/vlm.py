@@ -39,23 +39,16 @@ class VlmConfig:
 def init(cfg, rng):
     """Random parameters of all towers, keyed by tower. Use `jax.eval_shape` for shapes alone."""
     vision, geometry = cfg.vision, cfg.geometry
-    side = vision.window_size
-    grid = (1, (side // vision.patch_size // vision.spatial_merge) ** 2)
-    slots = vision.spatial_merge**2
-    patches = jnp.zeros((1, 1, grid[1] * slots, vision.patch_dim))
-    positions = jnp.zeros((1, 1, grid[1] * slots, 2), jnp.int32)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    keys = dict(
-        zip(("vision", "projector", "language", "geometry"), jax.random.split(rng, 4), strict=True)
-    )
+    unit = vision.spatial_merge**2  # one merged token is enough to shape every parameter
+    patches, places = jnp.zeros((1, 1, unit, vision.patch_dim)), jnp.zeros((1, 1, unit, 2), int)
+    features = jnp.zeros((1, unit, cfg.projector.vision_width))
+    token, position = jnp.zeros((1, 1), int), jnp.zeros((3, 1, 1), int)
+    names = ("vision", "projector", "language", "geometry")
+    keys = dict(zip(names, jax.random.split(rng, 4), strict=True))
     made = {
-        "vision": QwenVision(vision).init(keys["vision"], patches, positions),
-        "projector": Projector(cfg.projector).init(
-            keys["projector"], jnp.zeros((1, slots, cfg.projector.vision_width))
-        ),
-        "language": QwenLanguage(cfg.language).init(
-            keys["language"], tokens, jnp.zeros((3, 1, 1), jnp.int32), tokens
-        ),
+        "vision": QwenVision(vision).init(keys["vision"], patches, places),
+        "projector": Projector(cfg.projector).init(keys["projector"], features),
+        "language": QwenLanguage(cfg.language).init(keys["language"], token, position, token),
     }
     if geometry is not None:
         image = jnp.zeros((1, 1, geometry.patch_size, geometry.patch_size, 3))
