@@ -66,10 +66,12 @@ def _is_rotation(x):
 def _quat(xp, name, x):
     """`x` as unit quaternions."""
     x = _array(xp, name, x, 4)
-    if xp is np:
-        ok = np.abs(_lengths(x) - 1) <= TOLERANCE
-        _require(ok, name, x, f"a unit quaternion wxyz (norm within {TOLERANCE} of 1)")
-    return x / _norm(xp, x)
+    if xp is not np:
+        return x / _norm(xp, x)
+    norm = np.sqrt(np.einsum("...i,...i->...", x, x))  # einsum: overflow is inf, without a warning
+    ok = np.abs(norm - 1) <= TOLERANCE
+    _require(ok, name, x, f"a unit quaternion wxyz (norm within {TOLERANCE} of 1)")
+    return x / norm[..., None]
 
 
 def _rotmat(xp, name, x):

@@ -40,6 +40,8 @@ class Arm:
         joint_pos: float32[E, n], radians, base to wrist, n <= MAX_JOINTS; without the gripper.
         grip_open: float32[E], achieved opening, 0 closed .. 1 open.
         grip_cmd: float32[E], commanded opening, 0 closed .. 1 open.
+        grip_held: the chunk's gripper track is only 0 or 1 all episode long: held between steps,
+            not interpolated.
     """
 
     ee_pos: np.ndarray | None = None
@@ -47,6 +49,7 @@ class Arm:
     joint_pos: np.ndarray | None = None
     grip_open: np.ndarray | None = None
     grip_cmd: np.ndarray | None = None
+    grip_held: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,9 +82,11 @@ class State(TypedDict):
     """Proprioception at one time, in physical units."""
 
     ee_pose: np.ndarray  # float32[R, 4, 4], T_base_ee, metres
+    ee_mask: np.ndarray  # bool[R]
     joint_pos: np.ndarray  # float32[R, J], radians
     joint_mask: np.ndarray  # bool[R, J]
     grip_open: np.ndarray  # float32[R], 0 closed .. 1 open
+    grip_mask: np.ndarray  # bool[R]
     arm_mask: np.ndarray  # bool[R]
 
 
@@ -89,6 +94,7 @@ class NormalizedState(TypedDict):
     """Proprioception as the state projector reads it, by the embodiment's statistics."""
 
     ee: np.ndarray  # float32[R, 9], position -1 .. 1, then rmat6d by columns, base frame
+    ee_mask: np.ndarray  # bool[R]
     joints: np.ndarray  # float32[R, J + 1], -1 .. 1, gripper opening last
     joint_mask: np.ndarray  # bool[R, J + 1]
     arm_mask: np.ndarray  # bool[R]
@@ -134,8 +140,8 @@ class Example(TypedDict):
     state: NormalizedState
     action: np.ndarray  # float32[A, a], normalised: gripper -1 closed .. 1 open
     action_mask: np.ndarray  # bool[A, a]
-    latent_ids: np.ndarray  # int32[5, 4], transition by code, 0 .. 15
-    latent_mask: np.ndarray  # bool[5], transitions inside the episode
+    latent_ids: NotRequired[np.ndarray]  # int32[5, 4], transition by code, 0 .. 15
+    latent_mask: NotRequired[np.ndarray]  # bool[5], transitions inside the episode
     ref_image: NotRequired[np.ndarray]  # uint8[H, W, 3], RGB: the marked first frame
 
 

@@ -1,194 +1,216 @@
-"""Camera images -> what the vision tower reads: legal sizes, patches in merge-block order.
+"""Encoded camera images -> slots of the batch: decode, fit, augment.
 
-NumPy and Pillow. Source: ported_models.md A3; values equal those of the reference's PIL backend.
+Images are decoded and resized straight into the batch's memory; nothing else of their size is
+allocated. Augmentation is GEAR-VLA's (systems.md 2.9): one crop and one colour change per view and
+sample, drawn from a generator that the caller seeds by the sample's number.
 """
 
 import dataclasses
-import json
-import math
-import pathlib
+import io
+import threading
+from typing import Any, Literal
 
+import cv2
 import numpy as np
-from PIL import Image
+import simplejpeg
+from PIL import Image as PilImage
 
-_MAX_ASPECT = 200
+from gear_jax.types import Image
+
+MAX_PIXELS = 50_000_000
+MIN_SIDE = 8  # what is smaller is a placeholder, not a picture
+
+_LUMA = np.array([0.299, 0.587, 0.114])
+_scratch = threading.local()
+
+cv2.setNumThreads(1)  # workers are processes
+
+
+class BadImageError(ValueError):
+    """Bytes that are no usable picture; `code` is a key of `faults.POLICY`."""
+
+    def __init__(self, code: str, what: str):
+        """`what` says what was found."""
+        super().__init__(what)
+        self.code = code
+
+
+def decode(image: bytes | Image) -> Image:
+    """uint8[H, W, 3], RGB, of JPEG, PNG or WebP bytes; an array is checked and handed on.
+
+    The array of a JPEG lives in a buffer that this thread's next call reuses: copy it to keep it.
+
+    Raises:
+        BadImageError: not a picture, cut short, smaller than 8 px or larger than 50 megapixels.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise BadImageError(
+                "bad_image", f"{image.dtype}{list(image.shape)}, not uint8[H, W, 3]"
+            )
+        _check_size(*image.shape[:2])
+        return image
+    if image[:2] != b"\xff\xd8":
+        return _decode_other(image)
+    try:
+        height, width = map(int, simplejpeg.decode_jpeg_header(image)[:2])
+        _check_size(height, width)
+        buffer = _buffer(height * width * 3)
+        return simplejpeg.decode_jpeg(image, "RGB", buffer=buffer)
+    except BadImageError:
+        raise
+    except ValueError as error:
+        raise BadImageError("bad_image", f"JPEG does not decode: {error}") from error
+
+
+def _decode_other(data: bytes) -> Image:
+    try:
+        with PilImage.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as opened:
+            _check_size(opened.height, opened.width)
+            return np.asarray(opened.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, BadImageError):
+            raise
+        raise BadImageError("bad_image", f"neither JPEG, PNG nor WebP: {error}") from error
+
+
+def _check_size(height: int, width: int) -> None:
+    if min(height, width) < MIN_SIDE:
+        raise BadImageError("tiny_image", f"{height} x {width} px, expected sides from {MIN_SIDE}")
+    if height * width > MAX_PIXELS:
+        raise BadImageError(
+            "bad_image", f"{height} x {width} px, expected up to {MAX_PIXELS} in all"
+        )
+
+
+def _buffer(size: int) -> Any:
+    """This thread's memory for decoded pixels: fresh pages would cost more than the decoding."""
+    found = getattr(_scratch, "memory", None)
+    if found is None or len(found) < size:
+        found = _scratch.memory = np.empty(size, np.uint8)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
-class PreprocessorConfig:
-    """What preprocessor_config.json says; the defaults are those of the released Qwen2.5-VL."""
+class Fit:
+    """Where an image of (height, width) lies in a square slot, and back.
 
-    min_pixels: int = 3136
-    max_pixels: int = 12_845_056
-    patch_size: int = 14
-    temporal_patch: int = 2
-    spatial_merge: int = 2
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    Attributes:
+        height: of the image, pixels.
+        width: of the image, pixels.
+        size: side of the slot, pixels.
+        mode: "pad": the whole image, centred, its shape kept; "stretch": it fills the slot.
+    """
+
+    height: int
+    width: int
+    size: int
+    mode: Literal["pad", "stretch"] = "pad"
 
     @property
-    def factor(self):
-        """Pixels along one side of a merged unit; sides of images are multiples of it."""
-        return self.patch_size * self.spatial_merge
+    def box(self) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the image in the slot."""
+        if self.mode == "stretch":
+            return 0, 0, self.size, self.size
+        scale = self.size / max(self.height, self.width)
+        height = max(1, round(self.height * scale))
+        width = max(1, round(self.width * scale))
+        return (self.size - height) // 2, (self.size - width) // 2, height, width
+
+    @property
+    def affine(self) -> tuple[float, float, float, float]:
+        """(scale x, scale y, shift x, shift y): slot = image * scale + shift, in pixels."""
+        top, left, height, width = self.box
+        return width / self.width, height / self.height, float(left), float(top)
 
 
-def read_preprocessor(path):
-    """A checkpoint's preprocessor_config.json -> PreprocessorConfig.
+def fit_into(slot: Image, image: Image, mode: Literal["pad", "stretch"] = "pad") -> Fit:
+    """Resize an image into a slot of zeros, in place.
 
-    Newer files state the pixel bounds as `size.shortest_edge` and `size.longest_edge`; the older
-    `min_pixels` and `max_pixels` win where both stand.
+    Bilinear; averaging areas when shrinking to less than half, where bilinear would skip pixels.
 
-    Raises:
-        ValueError: unreadable, or a field that we need is missing or makes no sense.
+    Args:
+        slot: uint8[S, S, 3], zeros; written.
+        image: uint8[H, W, 3].
+        mode: see `Fit`.
+
+    Returns:
+        Where it went.
     """
-    path = pathlib.Path(path)
-    fields = {
-        "min_pixels": "min_pixels",
-        "max_pixels": "max_pixels",
-        "patch_size": "patch_size",
-        "temporal_patch": "temporal_patch_size",
-        "spatial_merge": "merge_size",
-        "image_mean": "image_mean",
-        "image_std": "image_std",
-    }
-    try:
-        stored = json.loads(path.read_text("utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("expected an object")
-        stored = _bounds(stored.get("size")) | {k: v for k, v in stored.items() if v is not None}
-        values = {ours: stored[theirs] for ours, theirs in fields.items()}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable JSON file: {error}") from error
-    except KeyError as error:
-        raise ValueError(
-            f"{path}: field {error} is missing, expected {list(fields.values())}"
-        ) from error
-    for name in ("image_mean", "image_std"):
-        channels = values[name] if isinstance(values[name], list) else []
-        if len(channels) != 3 or not all(_is_number(x) for x in channels):
-            raise ValueError(f"{path}: {name} is {values[name]!r}: expected three numbers")
-        values[name] = tuple(channels)
-    if min(values["image_std"]) <= 0:
-        raise ValueError(f"{path}: image_std is {values['image_std']}: expected numbers above 0")
-    for ours in ("min_pixels", "max_pixels", "patch_size", "temporal_patch", "spatial_merge"):
-        if type(values[ours]) is not int or values[ours] < 1:
-            raise ValueError(
-                f"{path}: {fields[ours]} is {values[ours]!r}: expected an integer from 1"
-            )
-    if values["min_pixels"] > values["max_pixels"]:
-        raise ValueError(
-            f"{path}: min_pixels is {values['min_pixels']}: expected at most max_pixels, "
-            f"{values['max_pixels']}"
-        )
-    return PreprocessorConfig(**values)
-
-
-def _bounds(size):
-    """The pixel bounds of a newer file's `size`, under their older names."""
-    names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-    size = size if isinstance(size, dict) else {}
-    return {older: size[newer] for older, newer in names.items() if size.get(newer) is not None}
-
-
-def _is_number(x):
-    return isinstance(x, int | float) and not isinstance(x, bool)
-
-
-def smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=12_845_056):
-    """(height, width) of the legal size nearest to an image's.
-
-    Both become multiples of `factor`, their product lies between the two bounds, and the aspect
-    ratio changes as little as that allows. Python's round half to even, as the reference.
-
-    Raises:
-        ValueError: a side below 1 px, or one side more than 200 times the other.
-    """
-    if min(height, width) < 1 or max(height, width) / min(height, width) > _MAX_ASPECT:
-        raise ValueError(
-            f"image of {height} x {width} px: expected sides from 1 px, at most {_MAX_ASPECT} to 1"
-        )
-    rows, columns = round(height / factor) * factor, round(width / factor) * factor
-    if rows * columns > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows = max(factor, math.floor(height / shrink / factor) * factor)
-        columns = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * columns < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows = math.ceil(height * grow / factor) * factor
-        columns = math.ceil(width * grow / factor) * factor
-    return rows, columns
-
-
-def resize_bicubic(image, height, width):
-    """uint8[H, W, 3] -> uint8[height, width, 3], antialiased bicubic; as it is if it fits.
-
-    Raises:
-        ValueError: not uint8[H, W, 3], or a new side below 1 px.
-    """
-    image = _checked(image, 3, "image")
-    if min(height, width) < 1:
-        raise ValueError(f"new size is {height} x {width} px: expected sides from 1 px")
+    fit = Fit(image.shape[0], image.shape[1], len(slot), mode)
+    top, left, height, width = fit.box
+    target = slot[top : top + height, left : left + width]
     if image.shape[:2] == (height, width):
-        return image
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
+        target[:] = image
+    else:
+        shrinks = height * 2 < image.shape[0] or width * 2 < image.shape[1]
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        cv2.resize(image, (width, height), dst=target, interpolation=how)
+    return fit
 
 
-def image_patches(image, config):
-    """One image of any size -> its patches.
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """How much a sample's views may change (systems.md 2.9).
 
-    Args:
-        image: uint8[H, W, 3], RGB.
-        config: PreprocessorConfig.
-
-    Returns:
-        float32[N, 3 * T * 14 * 14], both frames equal; grid int64[3] = (1, rows, columns) of
-        patches.
-
-    Raises:
-        ValueError: not uint8[H, W, 3], or a shape that `smart_resize` refuses.
+    Attributes:
+        crop: least side of the random crop, as a fraction of the image's.
+        brightness: greatest relative change.
+        contrast: greatest relative change, about mid-grey.
+        saturation: greatest relative change.
+        hue: greatest turn of the colour circle, as a fraction of a whole one.
     """
-    return video_patches(_checked(image, 3, "image")[None], config)
+
+    crop: float = 0.9
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+    hue: float = 0.05
 
 
-def video_patches(frames, config):
-    """Frames of one video -> its patches, `temporal_patch` frames to a patch.
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is done to one view of one sample.
 
-    Args:
-        frames: uint8[F, H, W, 3], RGB; the last frame is repeated until F is a multiple of the
-            patch.
-        config: PreprocessorConfig.
-
-    Returns:
-        float32[N, 3 * T * 14 * 14]; grid int64[3] = (F / T, rows, columns) of patches.
-
-    Raises:
-        ValueError: not uint8[F, H, W, 3], or a shape that `smart_resize` refuses.
+    Attributes:
+        crop: (top, left, height, width) as fractions of the image.
+        colour: float64[3, 4], RGB' = colour @ (R, G, B, 1).
     """
-    c = config
-    frames = _checked(frames, 4, "video")
-    height, width = smart_resize(*frames.shape[1:3], c.factor, c.min_pixels, c.max_pixels)
-    frames = np.stack([resize_bicubic(frame, height, width) for frame in frames])
-    fill = -len(frames) % c.temporal_patch
-    frames = np.concatenate([frames, np.repeat(frames[-1:], fill, axis=0)])
-    mean, std = np.asarray(c.image_mean, np.float32), np.asarray(c.image_std, np.float32)
-    x = (frames.astype(np.float32) / np.float32(255) - mean) / std
-    grid = (len(frames) // c.temporal_patch, height // c.patch_size, width // c.patch_size)
-    m, p = c.spatial_merge, c.patch_size
-    x = x.reshape(grid[0], c.temporal_patch, grid[1] // m, m, p, grid[2] // m, m, p, 3)
-    # (t, row of units, column of units, row and column in the unit, channel, frame, pixels)
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return np.ascontiguousarray(x.reshape(math.prod(grid), -1)), np.array(grid)
+
+    crop: tuple[float, float, float, float]
+    colour: np.ndarray
 
 
-def _checked(array, ndim, name):
-    try:
-        array = np.asarray(array)
-    except ValueError as error:
-        raise ValueError(f"{name} is ragged: expected frames of one size") from error
-    if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or not array.size:
-        raise ValueError(
-            f"{name} is {array.dtype}{list(array.shape)}: expected uint8 of shape "
-            f"{['H', 'W', 3] if ndim == 3 else ['F', 'H', 'W', 3]}"
-        )
-    return array
+def draw(config: AugmentConfig, rng: np.random.Generator) -> Augmentation:
+    """One augmentation; eight numbers of the generator, always."""
+    sides = rng.uniform(config.crop, 1, 2)
+    corner = rng.uniform(0, 1, 2) * (1 - sides)
+    limits = np.array([config.brightness, config.contrast, config.saturation, config.hue])
+    brightness, contrast, saturation, hue = rng.uniform(-1, 1, 4) * limits
+    return Augmentation(
+        (float(corner[0]), float(corner[1]), float(sides[0]), float(sides[1])),
+        _colour(1 + brightness, 1 + contrast, 1 + saturation, 2 * np.pi * hue),
+    )
+
+
+def _colour(brightness, contrast, saturation, angle):
+    """All four changes as one matrix; the hue turns about the grey axis."""
+    axis = np.full(3, 1 / np.sqrt(3))
+    cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
+    turn = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    grey = np.tile(_LUMA, (3, 1))
+    mix = (saturation * np.eye(3) + (1 - saturation) * grey) @ turn * brightness * contrast
+    return np.concatenate([mix, np.full((3, 1), 127.5 * (1 - contrast))], axis=1)
+
+
+def crop(image: Image, augmentation: Augmentation) -> Image:
+    """The part of an image that an augmentation keeps; a view, no copy."""
+    top, left, height, width = augmentation.crop
+    rows, columns = image.shape[:2]
+    y, x = int(top * rows), int(left * columns)
+    return image[y : y + max(1, round(height * rows)), x : x + max(1, round(width * columns))]
+
+
+def change_colours(slot: Image, augmentation: Augmentation) -> None:
+    """Apply an augmentation's colours in place, rounded and clipped."""
+    cv2.transform(slot, augmentation.colour, dst=slot)

@@ -41,7 +41,7 @@ def patch_windows(grids, *, window, merge=2, num_windows=None):
 
     Args:
         grids: int[n, 3], frames, patch rows and patch columns of each; `pixel_values` holds their
-            patches one after the other in merge-block order (data/images.py).
+            patches one after the other in merge-block order (data/qwen_images.py).
         window: merged units along one side of an attention window (4 for Qwen2.5-VL).
         merge: patches along one side of a merged unit.
         num_windows: W, to which the row is filled up with empty windows; by default as many as

@@ -5,14 +5,19 @@ import functools
 import json
 import math
 import pathlib
+import zlib
 from typing import Any
+
+import numpy as np
 
 from gear_jax.data.tfrecord import DataError
 
 STEPS = "steps/"  # keys of values that every step has begin so
 
 
-def list_shards(dataset: pathlib.Path, split: str) -> tuple[list[pathlib.Path], list[int]]:
+def list_shards(
+    dataset: pathlib.Path, split: str, file_format: str = "tfrecord"
+) -> tuple[list[pathlib.Path], list[int]]:
     """Paths of a split's shards and the number of records that dataset_info.json gives each.
 
     Raises:
@@ -20,8 +25,10 @@ def list_shards(dataset: pathlib.Path, split: str) -> tuple[list[pathlib.Path], 
     """
     info = load_json(dataset / "dataset_info.json")
     try:
-        if info["fileFormat"] != "tfrecord":
-            raise DataError(f"{dataset}: file format {info['fileFormat']!r}, expected 'tfrecord'")
+        if info["fileFormat"] != file_format:
+            raise DataError(
+                f"{dataset}: file format {info['fileFormat']!r}, expected {file_format!r}"
+            )
         splits = {entry["name"]: entry for entry in info["splits"]}
         if split not in splits:
             raise DataError(
@@ -39,7 +46,7 @@ def list_shards(dataset: pathlib.Path, split: str) -> tuple[list[pathlib.Path], 
         file = template.format(
             DATASET=name,
             SPLIT=split,
-            FILEFORMAT="tfrecord",
+            FILEFORMAT=file_format,
             SHARD_X_OF_Y=f"{number:05d}-of-{len(lengths):05d}",
         )
         paths.append(dataset / file)
@@ -100,6 +107,22 @@ def read_features(dataset: pathlib.Path) -> dict[str, Feature]:
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a tfds features.json: {error!r}") from error
     return found
+
+
+def decode_tensors(feature: Feature, values: list[bytes], where: str) -> np.ndarray:
+    """Tensors that were stored as byte strings.
+
+    Raises:
+        DataError: one does not decode, or has another size than features.json says.
+    """
+    try:
+        if feature.encoding == "zlib":  # never more than a tensor holds
+            size = math.prod(feature.shape) * np.dtype(feature.dtype).itemsize
+            values = [zlib.decompressobj().decompress(value, size + 1) for value in values]
+        rows = [np.frombuffer(v, feature.dtype).reshape(feature.shape) for v in values]
+    except (ValueError, zlib.error) as error:
+        raise DataError(f"{where}: a tensor does not decode: {error}") from error
+    return np.stack(rows)
 
 
 def load_json(path: pathlib.Path) -> Any:

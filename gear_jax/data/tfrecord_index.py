@@ -20,19 +20,24 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import math
 import mmap
 import multiprocessing
 import os
 import pathlib
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from gear_jax.data.rlds_features import STEPS, Feature, list_shards, load_json, read_features
+from gear_jax.data.rlds_features import (
+    STEPS,
+    Feature,
+    decode_tensors,
+    list_shards,
+    load_json,
+    read_features,
+)
 from gear_jax.data.tfrecord import (
     BYTES,
     FLOATS,
@@ -315,12 +320,16 @@ class Index:
             return [] if feature.dtype == "bytes" else np.zeros((0, *feature.shape), feature.dtype)
         kind, count, place, length = found.columns[episode].item()
         if not count:
-            raise DataError(f"{self._where(episode)}: no value of key {key!r}")
+            raise DataError(f"{self.where(episode)}: no value of key {key!r}")
         if kind == BYTES:
             first = found.starts[episode].item()
             places = found.elements[first + start : first + stop].tolist()
             values = self._elements(shard, payload, places)
-            return values if feature.dtype == "bytes" else self._tensors(feature, values, episode)
+            return (
+                values
+                if feature.dtype == "bytes"
+                else decode_tensors(feature, values, self.where(episode))
+            )
         width = feature.width
         if kind == FLOATS:  # fixed width: read only the rows asked for
             data = self._pread(shard, place + 4 * width * start, 4 * width * (stop - start))
@@ -337,17 +346,6 @@ class Index:
         if len(places) == 1:
             return [data]
         return [data[offset - begin : offset - begin + length] for offset, length in places]
-
-    def _tensors(self, feature: Feature, values: list[bytes], episode: int) -> np.ndarray:
-        """Tensors that were stored as byte strings."""
-        try:
-            if feature.encoding == "zlib":  # never more than a tensor holds
-                size = math.prod(feature.shape) * np.dtype(feature.dtype).itemsize
-                values = [zlib.decompressobj().decompress(value, size + 1) for value in values]
-            rows = [np.frombuffer(v, feature.dtype).reshape(feature.shape) for v in values]
-        except (ValueError, zlib.error) as error:
-            raise DataError(f"{self._where(episode)}: a tensor does not decode: {error}") from error
-        return np.stack(rows)
 
     def _column(self, key: str) -> "_Column":
         """Open the arrays of one key, once in a process."""
@@ -368,7 +366,8 @@ class Index:
             raise DataError(f"{self.shards[shard].name}: ends before byte {offset + length}")
         return data
 
-    def _where(self, episode: int) -> str:
+    def where(self, episode: int) -> str:
+        """Shard and number of an episode, for messages."""
         return f"{self.shards[int(self.episodes[episode]['shard'])].name}, episode {episode}"
 
     def verify(self, report: Callable[[int], None] = lambda episode: None) -> None:
@@ -381,7 +380,7 @@ class Index:
             shard, _, offset, length = record.item()
             data = self._pread(shard, offset, length + 4)
             if masked_crc(data[:length]) != int.from_bytes(data[length:], "little"):
-                raise DataError(f"{self._where(episode)}: damaged, its checksum does not fit")
+                raise DataError(f"{self.where(episode)}: damaged, its checksum does not fit")
             report(episode)
 
 

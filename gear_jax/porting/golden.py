@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gear_jax.data import images as images_lib
+from gear_jax.data import qwen_images as images_lib
 from gear_jax.data.patch_windows import EMPTY, patch_windows
 from gear_jax.data.sequences import mrope_positions
 from gear_jax.data.vlm_batch import vlm_batch

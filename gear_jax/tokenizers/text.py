@@ -255,7 +255,7 @@ class Vision:
 
     @classmethod
     def of_grid(cls, grid: Sequence[int], kind: str = "image", spatial_merge: int = 2) -> "Vision":
-        """What stands for a grid int[3] of (frames, patch rows, patch columns) (data/images.py).
+        """What stands for a grid int[3] of (frames, patch rows, patch columns) (qwen_images.py).
 
         Raises:
             ValueError: a count below 1, or rows or columns that are no multiple of the merge.

@@ -1,185 +1,152 @@
-import json
+import io
 
+import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+import simplejpeg
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from gear_jax.data.images import (
-    PreprocessorConfig,
-    image_patches,
-    read_preprocessor,
-    resize_bicubic,
-    smart_resize,
-    video_patches,
+    Augmentation,
+    AugmentConfig,
+    BadImageError,
+    Fit,
+    change_colours,
+    crop,
+    decode,
+    draw,
+    fit_into,
 )
 
-GOLDEN_CONFIG = PreprocessorConfig(max_pixels=28 * 28 * 1280)
+
+def _picture(height=48, width=64, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return cv2.GaussianBlur(noise, (9, 9), 0)
 
 
-def test_sizes_are_those_of_the_reference(golden):
-    table = json.loads((golden / "qwen_smart_resize.json").read_text())
-    for height, width, least, most, expected in table["rows"]:
-        if expected is None:
-            with pytest.raises(ValueError, match=f"{height} x {width} px"):
-                smart_resize(height, width, table["factor"], least, most)
-        else:
-            ours = smart_resize(height, width, table["factor"], least, most)
-            assert list(ours) == expected, (height, width)
+def _encoded(image, kind):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind)
+    return file.getvalue()
+
+
+def test_jpeg_decodes_as_pillow_does_and_png_exactly():
+    picture = _picture()
+    jpeg = simplejpeg.encode_jpeg(picture, 90)
+    np.testing.assert_array_equal(decode(jpeg), np.asarray(Image.open(io.BytesIO(jpeg))))
+    np.testing.assert_array_equal(decode(_encoded(picture, "PNG")), picture)
+    rgba = np.concatenate([picture, np.full((48, 64, 1), 9, np.uint8)], axis=2)
+    np.testing.assert_array_equal(decode(_encoded(rgba, "PNG")), picture)
+    grey = simplejpeg.encode_jpeg(picture[..., :1].copy(), colorspace="GRAY")
+    assert decode(grey).shape == (48, 64, 3)
+    assert decode(picture) is picture
+
+
+def _huge_header():
+    """A JPEG that says 60000 x 60000."""
+    jpeg = bytearray(simplejpeg.encode_jpeg(_picture()))
+    place = jpeg.index(b"\xff\xc0")
+    jpeg[place + 5 : place + 9] = (60000).to_bytes(2, "big") * 2
+    return bytes(jpeg)
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"),
+    ("data", "code"),
     [
-        ((448, 448), (448, 448)),
-        ((480, 640), (476, 644)),
-        ((70, 98), (56, 112)),
-        ((20, 20), (56, 56)),
+        (b"", "bad_image"),
+        (b"version https://git-lfs.github.com/spec/v1", "bad_image"),
+        (simplejpeg.encode_jpeg(_picture())[:200], "bad_image"),
+        (simplejpeg.encode_jpeg(_picture())[:-200], "bad_image"),
+        (_huge_header(), "bad_image"),
+        (_encoded(_picture(), "PNG")[:300], "bad_image"),
+        (_encoded(_picture(), "GIF"), "bad_image"),
+        (simplejpeg.encode_jpeg(np.zeros((1, 1, 3), np.uint8)), "tiny_image"),
+        (_encoded(np.zeros((4, 40, 3), np.uint8), "PNG"), "tiny_image"),
+        (np.zeros((48, 64), np.uint8), "bad_image"),
+        (np.zeros((48, 64, 3), np.float32), "bad_image"),
     ],
 )
-def test_sizes_round_half_to_even_and_respect_the_bounds(size, expected):
-    assert smart_resize(*size) == expected
+def test_what_is_no_picture_is_refused(data, code):
+    with pytest.raises(BadImageError) as caught:
+        decode(data)
+    assert caught.value.code == code
 
 
-@given(st.integers(1, 3000), st.integers(1, 3000))
-def test_legal_sizes_stay_as_they_are(rows, columns):
-    height, width = 28 * (1 + rows % 20), 28 * (1 + columns % 20)
-    if height * width >= 3136:
-        assert smart_resize(height, width) == (height, width)
+def test_a_wide_image_is_centred_between_black_bars():
+    slot = np.zeros((28, 28, 3), np.uint8)
+    fit = fit_into(slot, np.full((30, 60, 3), 200, np.uint8))
+    assert fit.box == (7, 0, 14, 28)
+    assert (slot[7:21] == 200).all()
+    assert not slot[:7].any()
+    assert not slot[21:].any()
+    stretched = np.zeros((28, 28, 3), np.uint8)
+    fit_into(stretched, np.full((30, 60, 3), 200, np.uint8), "stretch")
+    assert (stretched == 200).all()
 
 
-@pytest.mark.parametrize("size", [(0, 10), (10, 0), (1, 201), (4020, 20)])
-def test_impossible_sizes_are_refused(size):
-    with pytest.raises(
-        ValueError, match=f"image of {size[0]} x {size[1]} px: expected sides from 1"
-    ):
-        smart_resize(*size)
+def test_resizing_into_a_slot_equals_resizing_apart():
+    batch = np.zeros((2, 3, 96, 96, 3), np.uint8)
+    picture = _picture(64, 64)
+    fit_into(batch[1, 2], picture)
+    np.testing.assert_array_equal(batch[1, 2], cv2.resize(picture, (96, 96)))
+    assert not batch[0].any()
+    small = np.zeros((20, 20, 3), np.uint8)
+    fit_into(small, picture)
+    area = cv2.resize(picture, (20, 20), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(small, area)
 
 
-@pytest.mark.parametrize(
-    ("folder", "case"),
-    [
-        ("qwen2_5_vl_tiny", "case_two_images"),
-        ("qwen2_5_vl_tiny", "case_batch_right_pad"),
-        ("qwen2_5_vl_tiny_tied", "case_two_images"),
-    ],
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(8, 2000),
+    width=st.integers(8, 2000),
+    size=st.sampled_from([28, 224, 448]),
+    mode=st.sampled_from(["pad", "stretch"]),
 )
-def test_patches_of_images_are_bit_for_bit_those_of_the_reference(golden, folder, case):
-    stored = np.load(golden / folder / f"{case}.npz")
-    images = [
-        stored[k]
-        for k in sorted(k for k in stored.files if k.startswith("image_") and k[-1].isdigit())
-    ]
-    patches, grids = zip(*(image_patches(image, GOLDEN_CONFIG) for image in images), strict=True)
-    np.testing.assert_array_equal(np.stack(grids), stored["image_grid_thw"])
-    np.testing.assert_allclose(np.concatenate(patches), stored["pixel_values"], atol=1e-6)
+def test_a_fit_keeps_the_image_inside_and_its_affine_meets_the_corners(height, width, size, mode):
+    fit = Fit(height, width, size, mode)
+    top, left, rows, columns = fit.box
+    assert min(top, left) >= 0
+    assert max(top + rows, left + columns) <= size
+    assert max(rows, columns) == size
+    sx, sy, dx, dy = fit.affine
+    assert (0 * sx + dx, 0 * sy + dy) == (left, top)
+    np.testing.assert_allclose((width * sx + dx, height * sy + dy), (left + columns, top + rows))
+    if mode == "pad" and min(rows, columns) > 20:
+        assert abs(rows / columns - height / width) <= 0.05 * height / width
 
 
-def test_patches_of_a_video_are_those_of_the_reference(golden):
-    stored = np.load(golden / "qwen2_5_vl_tiny" / "case_video.npz")
-    patches, grid = video_patches(stored["frames"], GOLDEN_CONFIG)
-    np.testing.assert_array_equal(grid[None], stored["video_grid_thw"])
-    np.testing.assert_allclose(patches, stored["pixel_values_videos"], atol=1e-6)
+def test_no_augmentation_changes_nothing_and_extremes_stay_in_range():
+    still = draw(AugmentConfig(1.0, 0, 0, 0, 0), np.random.default_rng(0))
+    picture = _picture()
+    np.testing.assert_array_equal(crop(picture, still), picture)
+    changed = picture.copy()
+    change_colours(changed, still)
+    np.testing.assert_array_equal(changed, picture)
 
 
-def test_rows_are_channel_frame_row_column_in_merge_block_order():
-    image = np.zeros((56, 112, 3), np.uint8)
-    image[14:28, 42:56] = (
-        255,
-        0,
-        0,
-    )  # patch row 1, column 3: unit (0, 1), second row, second column
-    plain = PreprocessorConfig(image_mean=(0, 0, 0), image_std=(1, 1, 1))
-    patches, grid = image_patches(image, plain)
-    assert grid.tolist() == [1, 4, 8]
-    expected = np.zeros((32, 3, 2, 14, 14), np.float32)
-    expected[4 + 3, 0] = 1
-    np.testing.assert_array_equal(patches.reshape(expected.shape), expected)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_crops_and_colours_keep_their_limits(seed):
+    augmentation = draw(AugmentConfig(), np.random.default_rng(seed))
+    part = crop(_picture(100, 200), augmentation)
+    assert 90 <= part.shape[0] <= 100
+    assert 180 <= part.shape[1] <= 200
+    top, left, height, width = augmentation.crop
+    assert top + height <= 1 + 1e-9
+    assert left + width <= 1 + 1e-9
+    grey = augmentation.colour @ [127.5, 127.5, 127.5, 1]
+    np.testing.assert_allclose(grey, grey[0])  # grey stays grey
+    assert 0.8 * 0.8 * 127.5 < grey[0] < 1.2 * 1.2 * 127.5 + 1
 
 
-def test_an_odd_video_repeats_its_last_frame():
-    frames = np.random.default_rng(0).integers(0, 256, (3, 56, 56, 3), dtype=np.uint8)
-    odd, grid = video_patches(frames, GOLDEN_CONFIG)
-    even, _ = video_patches(np.concatenate([frames, frames[-1:]]), GOLDEN_CONFIG)
-    assert grid.tolist() == [2, 4, 4]
-    np.testing.assert_array_equal(odd, even)
-
-
-def test_an_image_of_the_right_size_is_not_touched():
-    image = np.random.default_rng(0).integers(0, 256, (28, 56, 3), dtype=np.uint8)
-    assert resize_bicubic(image, 28, 56) is image
-    assert resize_bicubic(image, 56, 56).shape == (56, 56, 3)
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        np.zeros((28, 28, 3), np.float32),
-        np.zeros((28, 28, 4), np.uint8),
-        np.zeros((28, 28), np.uint8),
-        np.zeros((0, 28, 3), np.uint8),
-    ],
-)
-def test_what_is_no_image_is_refused(image):
-    with pytest.raises(ValueError, match="image is .*: expected uint8 of shape"):
-        image_patches(image, GOLDEN_CONFIG)
-
-
-def test_a_checkpoints_own_preprocessor_is_read(tmp_path):
-    stored = {"min_pixels": 1, "max_pixels": 2, "patch_size": 14, "temporal_patch_size": 2}
-    stored |= {"merge_size": 2, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
-    path = tmp_path / "preprocessor_config.json"
-    path.write_text(json.dumps(stored))
-    assert read_preprocessor(path) == PreprocessorConfig(
-        min_pixels=1, max_pixels=2, image_mean=(0, 0, 0), image_std=(1, 1, 1)
-    )
-    del stored["max_pixels"]
-    path.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="preprocessor_config.json: field 'max_pixels' is missing"):
-        read_preprocessor(path)
-    bounds = {"size": {"shortest_edge": 3, "longest_edge": 4}}
-    newer = {k: v for k, v in stored.items() if k != "min_pixels"} | bounds
-    path.write_text(json.dumps(newer))
-    assert (read_preprocessor(path).min_pixels, read_preprocessor(path).max_pixels) == (3, 4)
-    path.write_text(json.dumps(newer | {"min_pixels": 2, "max_pixels": None}))
-    assert (read_preprocessor(path).min_pixels, read_preprocessor(path).max_pixels) == (2, 4)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="not a readable JSON file"):
-        read_preprocessor(path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"patch_size": "14"}, "patch_size is '14': expected an integer from 1"),
-        ({"merge_size": 0}, "merge_size is 0: expected an integer from 1"),
-        ({"min_pixels": 9}, "min_pixels is 9: expected at most max_pixels, 2"),
-        ({"image_mean": [0, 0]}, r"image_mean is \[0, 0\]: expected three numbers"),
-        ({"image_mean": 0.5}, "image_mean is 0.5: expected three numbers"),
-        ({"image_std": [0, 1, 1]}, "expected numbers above 0"),
-        ({"max_pixels": None}, "field 'max_pixels' is missing"),
-    ],
-)
-def test_a_preprocessor_that_makes_no_sense_is_refused(tmp_path, change, message):
-    stored = {"min_pixels": 1, "max_pixels": 2, "patch_size": 14, "temporal_patch_size": 2}
-    stored |= {"merge_size": 2, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
-    path = tmp_path / "preprocessor_config.json"
-    path.write_text(json.dumps(stored | change))
-    with pytest.raises(ValueError, match=f"preprocessor_config.json: .*{message}"):
-        read_preprocessor(path)
-    path.write_text("[1]")
-    with pytest.raises(ValueError, match="preprocessor_config.json: .*expected an object"):
-        read_preprocessor(path)
-
-
-def test_frames_of_several_sizes_are_refused():
-    frames = [np.zeros((28, 28, 3), np.uint8), np.zeros((56, 28, 3), np.uint8)]
-    with pytest.raises(ValueError, match="video is ragged: expected frames of one size"):
-        video_patches(frames, GOLDEN_CONFIG)
-
-
-def test_resizing_to_nothing_or_from_floats_is_refused():
-    with pytest.raises(ValueError, match="new size is 0 x 7 px"):
-        resize_bicubic(np.zeros((5, 5, 3), np.uint8), 0, 7)
-    with pytest.raises(ValueError, match="image is float32"):
-        resize_bicubic(np.zeros((5, 5, 3), np.float32), 7, 7)
+def test_brightness_in_numbers():
+    brighter = np.concatenate([1.2 * np.eye(3), np.zeros((3, 1))], axis=1)
+    slot = np.full((4, 4, 3), 100, np.uint8)
+    change_colours(slot, Augmentation((0, 0, 1, 1), brighter))
+    assert (slot == 120).all()
+    slot[:] = 230
+    change_colours(slot, Augmentation((0, 0, 1, 1), brighter))
+    assert (slot == 255).all()

@@ -11,6 +11,7 @@ from gear_jax.data.windows import (
     chunk_times,
     clip_steps,
     gripper_at,
+    make_chunks,
     make_window,
     mirror_single_arm,
     poses_at,
@@ -32,6 +33,7 @@ def _arm(steps, seed=0, **changes):
         "joint_pos": rng.standard_normal((steps, 7)).astype(np.float32),
         "grip_open": rng.random(steps).astype(np.float32),
         "grip_cmd": (np.arange(steps) % 5 > 2).astype(np.float32),
+        "grip_held": True,
     }
     return Arm(**(tracks | changes))
 
@@ -56,7 +58,10 @@ def test_a_window_in_numbers():
     # one turn of 90 degrees about z and 0.1 m along x of the base, from step 0 to step 1
     quat = Rotation.from_rotvec([[0, 0, 0], [0, 0, QUARTER]]).as_quat(scalar_first=True)
     arm = Arm(
-        ee_pos=np.array([[0, 0, 0], [0.1, 0, 0]]), ee_quat=quat, grip_cmd=np.array([1.0, 0.0])
+        ee_pos=np.array([[0, 0, 0], [0.1, 0, 0]]),
+        ee_quat=quat,
+        grip_cmd=np.array([1.0, 0.0]),
+        grip_held=True,
     )
     window = make_window(
         _episode(2, 15.0, {"right": arm}), 0, dataclasses.replace(SPEC, chunk_len=3)
@@ -126,8 +131,9 @@ def test_a_chunk_does_not_depend_on_the_base_frame():
 
 def test_a_binary_gripper_is_held_and_a_continuous_one_is_not():
     times = np.array([0.0, 0.5, 1.0, 1.9])
-    assert gripper_at(np.array([0.0, 1.0, 0.0]), times).tolist() == [0, 0, 1, 1]
-    np.testing.assert_allclose(gripper_at(np.array([0.0, 0.8, 0.0]), times), [0, 0.4, 0.8, 0.08])
+    assert gripper_at(np.array([0.0, 1.0, 0.0]), times, held=True).tolist() == [0, 0, 1, 1]
+    between = gripper_at(np.array([0.0, 0.8, 0.0]), times, held=False)
+    np.testing.assert_allclose(between, [0, 0.4, 0.8, 0.08])
 
 
 def test_what_an_arm_does_not_record_is_masked():
@@ -145,18 +151,35 @@ def test_what_an_arm_does_not_record_is_masked():
 
 def test_a_single_arm_changes_sides_with_its_camera_and_comes_back():
     window = make_window(_episode(9), 2, SPEC)
-    moved = mirror_single_arm(window, SPEC)
+    moved = mirror_single_arm(window)
     np.testing.assert_array_equal(moved.action[:, :10], window.action[:, 10:])
     np.testing.assert_array_equal(moved.action_mask[:, :10], window.action_mask[:, 10:])
     np.testing.assert_array_equal(moved.state["ee_pose"][0], window.state["ee_pose"][1])
     assert moved.state["arm_mask"].tolist() == [True, False]
     assert set(moved.images) == {"head", "left_wrist"}
-    again = mirror_single_arm(moved, SPEC)
+    again = mirror_single_arm(moved)
     np.testing.assert_array_equal(again.action, window.action)
     assert again.images == window.images
     both = make_window(_episode(9, arms={"left": _arm(9), "right": _arm(9)}), 2, SPEC)
     with pytest.raises(ValueError, match="only a single arm can change sides"):
-        mirror_single_arm(both, SPEC)
+        mirror_single_arm(both)
+
+
+def test_many_windows_at_once_equal_one_at_a_time():
+    episodes = [
+        _episode(9, 5.0),
+        _episode(40, 30.0, {"left": _arm(40, 1), "right": _arm(40, 2, grip_held=False)}),
+        _episode(7, arms={}),
+        _episode(9, arms={"right": _arm(9, 3, ee_pos=None, ee_quat=None)}),
+    ]
+    steps = [8, 25, 3, 0]
+    action, mask, state = make_chunks(episodes, steps, SPEC)
+    for n, (episode, step) in enumerate(zip(episodes, steps, strict=True)):
+        window = make_window(episode, step, SPEC)
+        np.testing.assert_array_equal(action[n], window.action)
+        np.testing.assert_array_equal(mask[n], window.action_mask)
+        for key, value in window.state.items():
+            np.testing.assert_array_equal(state[key][n], value)
 
 
 def test_clips_show_a_second_at_5_hz_and_say_what_lies_outside():

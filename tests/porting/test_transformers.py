@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the extra port-check is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra port-check is not installed")
 
-from gear_jax.data.images import PreprocessorConfig, image_patches  # noqa: E402
+from gear_jax.data.qwen_images import PreprocessorConfig, image_patches  # noqa: E402
 from launch import port  # noqa: E402
 
 IMAGE, VIDEO, START, END = 5, 6, 3, 4
