@@ -125,12 +125,12 @@ class Fit:
 
 
 def fit_into(slot: Image, image: Image, mode: Literal["pad", "stretch"] = "pad") -> Fit:
-    """Resize an image into a slot of zeros, in place.
+    """Resize an image into a slot, in place; what it does not cover becomes black.
 
     Bilinear; averaging areas when shrinking to less than half, where bilinear would skip pixels.
 
     Args:
-        slot: uint8[S, S, 3], zeros; written.
+        slot: uint8[S, S, 3]; written.
         image: uint8[H, W, 3].
         mode: see `Fit`.
 
@@ -139,6 +139,8 @@ def fit_into(slot: Image, image: Image, mode: Literal["pad", "stretch"] = "pad")
     """
     fit = Fit(image.shape[0], image.shape[1], len(slot), mode)
     top, left, height, width = fit.box
+    if (height, width) != slot.shape[:2]:
+        slot[:] = 0
     target = slot[top : top + height, left : left + width]
     if image.shape[:2] == (height, width):
         target[:] = image

@@ -83,8 +83,16 @@ def prepare(
         The directory.
 
     Raises:
-        DataError: a fatal fault, more dropped than the budget, or nothing left; nothing is written.
+        DataError: a fatal fault, a view that the data set does not know, more dropped than the
+            budget, or nothing left; nothing is written.
     """
+    known = source.keys()
+    for view, how in row.views.items():
+        if how.key not in known and not how.key.endswith(".mp4"):
+            raise DataError(
+                f"row {row.name!r}: view {view!r}: key {how.key!r} is none of the data set's: "
+                f"{sorted(known)}"
+            )
     target = pathlib.Path(target)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -261,6 +262,7 @@ class Index:
         self.episodes = _mapped(self.directory / "episodes.npy")
         self._columns: dict[str, _Column] = {}
         self._files: dict[int, int] = {}
+        weakref.finalize(self, _close, self._files)
 
     def __getstate__(self):
         opened = {"episodes", "_columns", "_files"}
@@ -269,10 +271,6 @@ class Index:
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._open()
-
-    def __del__(self):
-        for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
 
     def __repr__(self) -> str:
         return f"Index({str(self.dataset)!r}, {self.split!r})"
@@ -382,6 +380,11 @@ class Index:
             if masked_crc(data[:length]) != int.from_bytes(data[length:], "little"):
                 raise DataError(f"{self.where(episode)}: damaged, its checksum does not fit")
             report(episode)
+
+
+def _close(files: dict[int, int]) -> None:
+    for descriptor in files.values():
+        os.close(descriptor)
 
 
 def _mapped(path: pathlib.Path) -> np.ndarray:

@@ -44,7 +44,7 @@ class Recording:
         return self.episodes[number]
 
     def keys(self):
-        return {}
+        return {"image": "image"}
 
     def fingerprint(self):
         return f"recording of {len(self.episodes)}"

@@ -75,7 +75,7 @@ def test_what_is_no_picture_is_refused(data, code):
 
 
 def test_a_wide_image_is_centred_between_black_bars():
-    slot = np.zeros((28, 28, 3), np.uint8)
+    slot = np.full((28, 28, 3), 7, np.uint8)
     fit = fit_into(slot, np.full((30, 60, 3), 200, np.uint8))
     assert fit.box == (7, 0, 14, 28)
     assert (slot[7:21] == 200).all()

@@ -17,19 +17,27 @@ _COLUMN = re.compile(r"(?P<key>.+?)(\[(?P<start>\d+)(?P<colon>:(?P<stop>\d+))?\]
 
 
 class RawEpisode(Protocol):
-    """One recorded episode, under its data set's own keys.
+    """One recorded episode, under its data set's own keys."""
 
-    Attributes:
-        where: file and episode, for messages.
-        episode_id: unique within the source.
-        num_steps: E.
-        fps: steps per second, or None if the recording does not say.
-    """
+    @property
+    def where(self) -> str:
+        """File and episode, for messages."""
+        ...
 
-    where: str
-    episode_id: str
-    num_steps: int
-    fps: float | None
+    @property
+    def episode_id(self) -> str:
+        """Unique within the source."""
+        ...
+
+    @property
+    def num_steps(self) -> int:
+        """E."""
+        ...
+
+    @property
+    def fps(self) -> float | None:
+        """Steps per second, or None if the recording does not say."""
+        ...
 
     def has(self, key: str) -> bool:
         """Whether this episode has any value of a key, images included."""

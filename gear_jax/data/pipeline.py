@@ -1,0 +1,444 @@
+"""Data sets -> batches, through Grain; the whole state is one integer.
+
+    sample number -> (data set, place) -> (episode, step) -> numbers and images -> batch
+
+Everything up to the batch happens inside one `grain.MapDataset` over batch numbers, so the stream
+is the same for any number of worker processes and hosts: step k of host h of H is batch k * H + h,
+and the samples of a step do not depend on H. What a sample looks like depends on its number and the
+seed alone. To resume is to begin at a sample number; `Stream.state` says which, with a digest of
+all that the stream depends on. Measurements: data.md 4.
+"""
+
+import ctypes
+import dataclasses
+import hashlib
+import json
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import absl.flags
+import grain
+import numpy as np
+
+from gear_jax.data import images as images_lib
+from gear_jax.data import statistics as statistics_lib
+from gear_jax.data.embodiments import EMBODIMENTS, embodiment_id
+from gear_jax.data.faults import FaultLog
+from gear_jax.data.images import AugmentConfig, BadImageError
+from gear_jax.data.mask_overlay import overlay
+from gear_jax.data.mixtures import Phase, Schedule
+from gear_jax.data.prepared import Prepared
+from gear_jax.data.shared_buffers import Buffers, Handle, Reader
+from gear_jax.data.statistics import Statistics
+from gear_jax.data.tfrecord import DataError
+from gear_jax.data.vision_language import Pool, make_sample
+from gear_jax.data.windows import MIRRORED_VIEWS, clip_steps, empty_state, make_chunks, mirror_rows
+from gear_jax.types import MAX_JOINTS, VIEWS, ActionSpec, Episode
+
+_MASK = (1 << 64) - 1
+_FIRST_CHECK = 2000  # samples before the fault budget is looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """What a stream makes of its data sets.
+
+    Attributes:
+        batch_size: of all hosts together.
+        num_samples: of the whole training; the curriculum's fractions are of this.
+        image_size: side of a view, pixels.
+        fit: how an image fills it; see `images.Fit`.
+        augment: None for evaluation.
+        random_side: put a single arm on either side by a fair coin; else it stays "right".
+        seed: of order, sides and augmentation.
+        bad_images: greatest fraction of images that may be unusable.
+        content: "examples" of all views and the chunk, or "clips" of the head view for the latent
+            action tokenizer.
+    """
+
+    batch_size: int
+    num_samples: int
+    image_size: int = 448
+    fit: Literal["pad", "stretch"] = "pad"
+    augment: AugmentConfig | None = dataclasses.field(default_factory=AugmentConfig)
+    random_side: bool = True
+    seed: int = 42
+    bad_images: float = 0.001
+    content: Literal["examples", "clips"] = "examples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalizer:
+    """The statistics that turn physical units into what the model reads.
+
+    Attributes:
+        action: of all data sets together: one action space for every robot.
+        states: by embodiment.
+        spec: what the actions mean.
+    """
+
+    action: Statistics
+    states: Mapping[str, Statistics]
+    spec: ActionSpec
+
+    def digest(self) -> str:
+        """Hash over all of it."""
+        parts = {name: one.digest() for name, one in self.states.items()}
+        return _hash([self.action.digest(), parts, self.spec.digest()])
+
+
+class Stream(Iterator):
+    """Batches of one host, for ever; a dictionary of arrays with a leading axis of b rows.
+
+    Examples: images uint8[b, V, S, S, 3]; view_mask bool[b, V]; state, a `types.NormalizedState`;
+    embodiment_id int32[b]; action float32[b, A, a] and action_mask; instruction and answer, lists
+    of b texts, the answer being "" for robots and video; source int32[b], the data set; sample
+    int64[b]. Without a normalizer, action and state (a `types.State`) are in physical units.
+    Clips: images uint8[b, 6, S, S, 3]; clip_mask bool[b, 5]; source; sample.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, Prepared | Pool],
+        phases: Sequence[Phase],
+        config: StreamConfig,
+        normalizer: Normalizer | None = None,
+        *,
+        state: Mapping[str, Any] | None = None,
+        host: int = 0,
+        num_hosts: int = 1,
+        num_workers: int = 0,
+        spec: ActionSpec | None = None,
+    ):
+        """Lay out the stream; workers start at the first batch.
+
+        Args:
+            sets: {name: data set}, in a fixed order.
+            phases: shares of the sets; see `mixtures`.
+            config: what to make.
+            normalizer: None for physical units.
+            state: where to go on, from `Stream.state`; None for the beginning.
+            host: number of this host.
+            num_hosts: that read the stream together; divides the batch size.
+            num_workers: processes; 0 reads in this one.
+            spec: of the chunk where there is no normalizer.
+
+        Raises:
+            DataError: `state` is of another stream; says what changed.
+            ValueError: sizes that do not divide, empty sets, or weights that are no shares.
+        """
+        if config.batch_size % num_hosts or not 0 <= host < num_hosts:
+            raise ValueError(
+                f"batch size {config.batch_size}, host {host} of {num_hosts}: expected hosts that "
+                "divide the batch"
+            )
+        empty = [name for name, one in sets.items() if not _size(one)]
+        if empty:
+            raise ValueError(f"data sets without a sample: {empty}")
+        self.config, self.num_hosts = config, num_hosts
+        spec = normalizer.spec if normalizer else spec or ActionSpec()
+        self._parts = _parts(sets, phases, config, normalizer, spec)
+        self._samples = self._begin(state)
+        self.log, self._reader = FaultLog(), Reader()
+        load = _Load(sets, Schedule(list(sets), phases, config.num_samples), config, normalizer,
+                     spec, config.batch_size // num_hosts, self._samples)  # fmt: skip
+        batches = grain.MapDataset.range(sys.maxsize // 2)[host::num_hosts].map(load)
+        if num_workers:
+            absl.flags.FLAGS.mark_as_parsed()  # or Grain's workers refuse to start
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+            workers = grain.MultiprocessingOptions(
+                num_workers=num_workers, per_worker_buffer_size=1
+            )
+            stream = batches.to_iter_dataset(options).mp_prefetch(workers, _die_with_parent)
+        else:
+            stream = batches.to_iter_dataset(
+                grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            )
+        self._batches = iter(stream)
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch of this host.
+
+        Raises:
+            DataError: data that can no longer be trusted, or more bad images than the budget.
+        """
+        batch = self._reader.take(next(self._batches))
+        self._samples += self.config.batch_size
+        for code, sentence in batch.pop("faults"):
+            self.log.count(code, sentence)
+            self.log.dropped += 1
+        self.log.seen += int(batch.pop("num_images"))
+        if self.log.seen >= _FIRST_CHECK:
+            self.log.check(self.config.bad_images, "images")
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is: JSON, and the same on every host.
+
+        "samples" is the number of samples that came before, of all hosts; "digest" is of all that
+        the stream depends on, and "parts" holds its components, to say what changed.
+        """
+        return {"samples": self._samples, "digest": _hash(self._parts), "parts": self._parts}
+
+    def _begin(self, state: Mapping[str, Any] | None) -> int:
+        if state is None:
+            return 0
+        if state["digest"] != _hash(self._parts):
+            changed = [
+                name
+                for name in sorted({*state["parts"], *self._parts})
+                if state["parts"].get(name) != self._parts.get(name)
+            ]
+            raise DataError(
+                f"the data state at sample {state['samples']} is of another stream: changed "
+                f"{', '.join(changed)}; go on with what it was made with, or begin anew"
+            )
+        return int(state["samples"])
+
+    def close(self) -> None:
+        """Stop the workers."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+        self._reader.close()
+
+
+def _size(one: Prepared | Pool) -> int:
+    return one.num_steps if isinstance(one, Prepared) else len(one)
+
+
+def _parts(sets, phases, config, normalizer, spec) -> dict[str, Any]:
+    """Everything that the stream depends on, by name; batch size, hosts and workers are not."""
+    config = dataclasses.asdict(config)
+    del config["batch_size"], config["bad_images"]
+    return {
+        **{f"data set {name!r}": one.digest for name, one in sets.items()},
+        "list of data sets": list(sets),
+        "weights": _hash([[p.start, sorted(p.weights.items())] for p in phases]),
+        "statistics": normalizer.digest() if normalizer else None,
+        "action spec": spec.digest(),
+        **{key: json.loads(json.dumps(value)) for key, value in config.items()},
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _die_with_parent(worker: int, count: int) -> None:
+    """A killed trainer must not leave its workers behind (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class _Load(grain.transforms.Map):
+    """Batch number -> batch. Runs in worker processes."""
+
+    def __init__(self, sets, schedule, config, normalizer, spec, rows, first):
+        self.sets, self.schedule, self.config = list(sets.values()), schedule, config
+        self.normalizer, self.spec, self.rows, self.first = normalizer, spec, rows, first
+        self.names, self.buffers = list(sets), Buffers()
+        self.orders = [
+            grain.MapDataset.range(_size(one)).seed(_seed(config.seed, name)).shuffle().repeat()
+            for name, one in sets.items()
+        ]
+
+    def map(self, element: int) -> dict[str, Any] | Handle:
+        begin = self.first + element * self.rows
+        samples = range(begin, begin + self.rows)
+        places = [self.schedule.locate(sample) for sample in samples]
+        batch: dict[str, Any] = {
+            "sample": np.arange(begin, begin + self.rows, dtype=np.int64),
+            "source": np.array([source for source, _ in places], np.int32),
+            "faults": [],
+            "num_images": np.int64(0),
+        }
+        chosen = [int(self.orders[source][place]) for source, place in places]
+        clips = self.config.content == "clips"
+        fill = self._clips if clips else self._examples
+        return self.buffers.pack(fill(batch, chosen))
+
+    # Examples
+
+    def _examples(self, batch, chosen):
+        rows, size = self.rows, self.config.image_size
+        batch["images"] = self.buffers.images((rows, len(VIEWS), size, size, 3))
+        batch["view_mask"] = np.zeros((rows, len(VIEWS)), bool)
+        batch["instruction"], batch["answer"] = [""] * rows, [""] * rows
+        batch["embodiment_id"] = np.zeros(rows, np.int32)
+        shape = (rows, self.spec.chunk_len, self.spec.action_dim)
+        action, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        state = empty_state((rows,))
+        windows = []  # row, episode, step
+        for row, (source, index) in enumerate(zip(batch["source"], chosen, strict=True)):
+            one = self.sets[source]
+            if isinstance(one, Pool):
+                self._vision_language(batch, row, one, index)
+                continue
+            number, step = one.locate(index)
+            windows.append((row, one.episode(number), step))
+        if windows:
+            which = [row for row, _, _ in windows]
+            made = make_chunks([e for _, e, _ in windows], [s for _, _, s in windows], self.spec)
+            action[which], mask[which] = made[:2]
+            for key, value in made[2].items():
+                state[key][which] = value
+        moved = []
+        for row, episode, step in windows:
+            if (
+                self.config.random_side
+                and state["arm_mask"][row].sum() == 1
+                and _coin(self.config.seed, int(batch["sample"][row]))
+            ):
+                moved.append(row)
+            batch["instruction"][row] = episode.instruction
+            batch["embodiment_id"][row] = embodiment_id(episode.embodiment)
+            self._views(batch, row, episode, step, row in moved)
+        mirror_rows(action, mask, state, moved)
+        return {**batch, **self._normalized(action, mask, state, batch["embodiment_id"])}
+
+    def _rng(self, sample):
+        """What a sample draws from: a function of the seed and its number."""
+        return np.random.Generator(np.random.Philox(key=[self.config.seed, int(sample)]))
+
+    def _views(self, batch, row, episode: Episode, step, mirrored):
+        augment = self.config.augment
+        rng = self._rng(batch["sample"][row]) if augment else None
+        for place, view in enumerate(VIEWS):
+            augmentation = images_lib.draw(augment, rng) if augment and rng else None
+            slot = VIEWS.index(MIRRORED_VIEWS.get(view, view)) if mirrored else place
+            if view not in episode.views:
+                batch["images"][row, slot] = 0
+                continue
+            batch["num_images"] += 1
+            try:
+                self._fill(batch["images"][row, slot], episode.views[view][step], augmentation)
+            except BadImageError as error:
+                where = f"{episode.dataset}, {episode.episode_id}, step {step}, view {view!r}"
+                batch["faults"].append((error.code, f"{where}: {error} [{error.code}]"))
+                batch["images"][row, slot] = 0
+                continue
+            batch["view_mask"][row, slot] = True
+
+    def _fill(self, slot, image, augmentation):
+        """Decode, crop and resize one image into its place in the batch."""
+        image = images_lib.decode(image)
+        if augmentation is not None:
+            image = images_lib.crop(image, augmentation)
+        fit = images_lib.fit_into(slot, image, self.config.fit)
+        if augmentation is not None:
+            top, left, height, width = fit.box
+            part = slot[top : top + height, left : left + width]
+            images_lib.change_colours(part, augmentation)
+        return fit
+
+    def _vision_language(self, batch, row, pool, index):
+        """Prompt, answer and images of one record; its images take the views' places in order.
+
+        No crop: the answer's coordinates are those of the whole image.
+        """
+        record = pool.record(index)
+        batch["images"][row] = 0
+        pictures, fits = [], []
+        paths = pool.image_paths(record)
+        if len(paths) > len(VIEWS):
+            raise DataError(f"{pool.where(index)}: {len(paths)} images, at most {len(VIEWS)}")
+        for path in paths:
+            batch["num_images"] += 1
+            try:
+                picture = images_lib.decode(path.read_bytes()).copy()
+            except (OSError, BadImageError) as error:
+                code = error.code if isinstance(error, BadImageError) else "bad_image"
+                batch["faults"].append((code, f"{path}: {error} [{code}]"))
+                return  # without its images the record asks nothing: the row stays empty
+            pictures.append(picture)
+            fits.append(images_lib.Fit(*picture.shape[:2], self.config.image_size, self.config.fit))
+        sample = make_sample(record, fits, self._rng(batch["sample"][row]))
+        if sample.overlay is not None:
+            pictures[0] = overlay(pictures[0], *sample.overlay)
+        batch["instruction"][row], batch["answer"][row] = sample.prompt, sample.answer
+        for slot, picture in enumerate(pictures):
+            images_lib.fit_into(batch["images"][row, slot], picture, self.config.fit)
+            batch["view_mask"][row, slot] = True
+
+    def _normalized(self, action, mask, state, embodiments):
+        if self.normalizer is None:
+            return {"action": action, "action_mask": mask, "state": state}
+        normal = self.normalizer
+        action = statistics_lib.normalize_action(action, normal.action, self.spec)
+        action = np.where(mask, action, np.float32(0))
+        out = _normalized_state(state)
+        for number in np.unique(embodiments):
+            name = EMBODIMENTS[number].name
+            if name in normal.states:
+                rows = embodiments == number
+                _normalize_rows(out, state, rows, normal.states[name])
+        return {"action": action, "action_mask": mask, "state": out}
+
+    # Clips
+
+    def _clips(self, batch, chosen):
+        size = self.config.image_size
+        batch["images"] = self.buffers.images((self.rows, 6, size, size, 3))
+        batch["clip_mask"] = np.zeros((self.rows, 5), bool)
+        for row, (source, index) in enumerate(zip(batch["source"], chosen, strict=True)):
+            one = self.sets[source]
+            if not isinstance(one, Prepared):
+                raise DataError(f"data set {self.names[source]!r} has no video to take clips from")
+            number, step = one.locate(index)
+            episode = one.episode(number)
+            batch["images"][row] = 0
+            if "head" not in episode.views:
+                continue
+            steps, inside = clip_steps(episode.num_steps, episode.fps, step)
+            batch["clip_mask"][row] = inside
+            for place, shown in enumerate(steps):
+                batch["num_images"] += 1
+                try:
+                    image = episode.views["head"][int(shown)]
+                    self._fill(batch["images"][row, place], image, None)
+                except BadImageError as error:
+                    where = f"{episode.dataset}, {episode.episode_id}, step {shown}, view 'head'"
+                    batch["faults"].append((error.code, f"{where}: {error} [{error.code}]"))
+                    batch["clip_mask"][row] = False
+        return batch
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed of its own for each data set, whatever its place in the list."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
+
+
+def _coin(seed: int, sample: int) -> bool:
+    """A fair coin for each sample (splitmix64)."""
+    x = (seed * 0xD1342543DE82EF95 + sample * 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
+    return bool((x ^ x >> 31) & 1)
+
+
+def _normalized_state(state):
+    """`types.NormalizedState` without numbers, with the masks of a `types.State`."""
+    rows, arms = state["arm_mask"].shape
+    return {
+        "ee": np.zeros((rows, arms, 9), np.float32),
+        "ee_mask": state["ee_mask"],
+        "joints": np.zeros((rows, arms, MAX_JOINTS + 1), np.float32),
+        "joint_mask": np.concatenate([state["joint_mask"], state["grip_mask"][..., None]], axis=-1),
+        "arm_mask": state["arm_mask"],
+    }
+
+
+def _normalize_rows(out, state, rows, statistics):
+    """Fill some rows of a normalised state by one embodiment's statistics."""
+    pose = state["ee_pose"][rows]
+    position = statistics_lib.normalize_state(pose[..., :3, 3], statistics.state["ee_pos"])
+    turn = np.swapaxes(pose[..., :3, :2], -1, -2).reshape(*pose.shape[:-2], 6)
+    ee = np.concatenate([position, turn], axis=-1)
+    out["ee"][rows] = np.where(out["ee_mask"][rows][..., None], ee, 0)
+    joints = statistics_lib.normalize_state(state["joint_pos"][rows], statistics.state["joint_pos"])
+    joints = np.concatenate([joints, 2 * state["grip_open"][rows][..., None] - 1], axis=-1)
+    out["joints"][rows] = np.where(out["joint_mask"][rows], joints, 0)

@@ -1,0 +1,521 @@
+"""Vision-language records -> prompts and answers, and a model's answers -> numbers.
+
+GEAR-VLA's pretraining has eleven types of them (Table 4). A pool is a JSONL file, one record a
+line, images beside it; coordinates are pixels of the original image. What is written and read is
+Qwen2.5-VL's native form: JSON with absolute pixels of the image as the model sees it (systems.md
+2.10). docs/vision_language.md shows one of each.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from gear_jax.data.images import Fit
+from gear_jax.data.mask_overlay import COLOURS, decode_mask
+from gear_jax.data.tfrecord import DataError
+
+MAX_TEXT = 32768  # characters
+MAX_POINTS = 10_000
+TRAJECTORY_LEN = 10
+
+Coordinates = Literal["abs_resized", "norm1", "norm1000"]
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLanguageSample:
+    """One record as text.
+
+    Attributes:
+        prompt: what is asked.
+        answer: what is to be said.
+        overlay: (mask bool[H, W], colour) to mark in the first image, or None.
+    """
+
+    prompt: str
+    answer: str
+    overlay: tuple[np.ndarray, str] | None = None
+
+
+# Fields of records: what each must be
+
+
+def _text(value):
+    if not isinstance(value, str) or not value.strip():
+        return "a text that is not empty"
+    return None if len(value) <= MAX_TEXT else f"up to {MAX_TEXT} characters"
+
+
+def _options(value):
+    fine = isinstance(value, list) and 2 <= len(value) <= 26
+    return None if fine and not any(map(_text, value)) else "a list of two to 26 texts"
+
+
+def _numbers(count):
+    def check(value):
+        fine = isinstance(value, list) and 1 <= len(value) <= MAX_POINTS
+        if not fine or not all(_is_numbers(row, count) for row in value):
+            return f"one to {MAX_POINTS} lists of {count} finite numbers"
+        return None
+
+    return check
+
+
+def _is_numbers(row, count):
+    return (
+        isinstance(row, list)
+        and len(row) == count
+        and all(type(x) in (int, float) and math.isfinite(x) for x in row)
+    )
+
+
+def _boxes(value):
+    wrong = _numbers(4)(value)
+    if wrong is None and any(x2 <= x1 or y2 <= y1 for x1, y1, x2, y2 in value):
+        return "boxes [x1, y1, x2, y2] with x1 < x2 and y1 < y2"
+    return wrong
+
+
+def _one_box(value):
+    return _boxes(value) or (None if len(value) == 1 else "one box")
+
+
+def _pose_box(value):
+    return None if _is_numbers(value, 9) else "nine finite numbers"
+
+
+def _mask(value):
+    try:
+        decode_mask(value if isinstance(value, dict) else {})
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _colour(value):
+    return None if value in COLOURS else f"one of {list(COLOURS)}"
+
+
+# Numbers -> answers
+
+
+def _dump(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _seen(points, fit: Fit, *, edge):
+    """Pixels of the image -> whole pixels of the slot, rounded half up, inside the image."""
+    sx, sy, dx, dy = fit.affine
+    points = np.floor(np.asarray(points, np.float64) * [sx, sy] + [dx, dy] + 0.5)
+    top, left, height, width = fit.box
+    last = np.array([left + width, top + height]) - (0 if edge else 1)
+    return np.clip(points, [left, top], last).astype(int).tolist()
+
+
+def _write_points(record, fits):
+    points = np.asarray(record["points"], np.float64)
+    if record["type"] == "traj2d" and len(points) > TRAJECTORY_LEN:
+        points = _along(points, TRAJECTORY_LEN)
+    return _dump([{"point_2d": point} for point in _seen(points, fits[-1], edge=False)])
+
+
+def _along(points, count):
+    """As many points, evenly spaced along a path."""
+    steps = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    length = np.concatenate([[0], np.cumsum(steps)])
+    places = np.linspace(0, length[-1], count)
+    if length[-1] == 0:
+        return points[:count]
+    return np.stack([np.interp(places, length, points[:, axis]) for axis in range(2)], axis=1)
+
+
+def _write_boxes(record, fits):
+    found = []
+    for x1, y1, x2, y2 in record["boxes"]:
+        (a, b), (c, d) = _seen([[x1, y1], [x2, y2]], fits[-1], edge=True)
+        label = {"label": record["label"]} if "label" in record else {}
+        found.append({"bbox_2d": [a, b, c, d], **label})
+    return _dump(found[0] if len(found) == 1 else found)
+
+
+def _write_pose_box(record, fits):
+    return _dump({"bbox_3d": [round(float(x), 2) for x in record["bbox_3d"]]})
+
+
+def _write_points_3d(record, fits):
+    return _dump([[round(float(x), 2) for x in point] for point in record["points_3d"]])
+
+
+def _write_text(record, fits):
+    if "options" not in record:
+        return record["answer"]
+    if record["answer"] not in record["options"]:
+        raise ValueError(f"answer {record['answer']!r} is none of the options")
+    return chr(ord("A") + record["options"].index(record["answer"]))
+
+
+# Answers -> numbers
+
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_PAIR = re.compile(rf"[(\[]\s*({_NUMBER})\s*,\s*({_NUMBER})\s*[)\]]")
+_POINT_TAG = re.compile(rf'<points?\s+x1?="({_NUMBER})"\s+y1?="({_NUMBER})"')
+_FOUR = re.compile(rf"[(\[]\s*({_NUMBER}(?:\s*,\s*{_NUMBER}){{3}})\s*[)\]]")
+_NINE = re.compile(rf"[(\[]\s*({_NUMBER}(?:\s*,\s*{_NUMBER}){{8}})\s*[)\]]")
+_THREE = re.compile(rf"[(\[]\s*({_NUMBER}(?:\s*,\s*{_NUMBER}){{2}})\s*[)\]]")
+_SAID = re.compile(r"[Aa]nswer\s*(?:is)?\s*:?\s*\(?([A-Z])\b")
+_LETTER = re.compile(r"(?<![A-Za-z'])\(?([A-F])\)?(?![A-Za-z'])")
+
+
+def _split(match):
+    return [float(x) for x in match.group(1).split(",")]
+
+
+def _read_points(text):
+    points = [[float(x), float(y)] for x, y in _PAIR.findall(text) + _POINT_TAG.findall(text)]
+    return points or None
+
+
+def _read_boxes(text):
+    return [_split(match) for match in _FOUR.finditer(text)] or None
+
+
+def _read_pose_box(text):
+    found = _NINE.search(text)
+    return _split(found) if found else None
+
+
+def _read_points_3d(text):
+    return [_split(match) for match in _THREE.finditer(text)] or None
+
+
+def _read_text(text):
+    return text.strip() or None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskType:
+    """One of the eleven types.
+
+    Attributes:
+        prompts: wordings; names in braces are fields, {colour} the mask's colour.
+        fields: {field: what is wrong with a value, or None}.
+        optional: the same for fields that may be left out.
+        images: least and greatest number of them.
+        write: record and fits -> answer.
+        read: answer -> numbers in the model's pixels, or None.
+        pixels: number of coordinates in each of what is read that are pixels; 0 if none are.
+    """
+
+    prompts: tuple[str, ...]
+    fields: Mapping[str, Callable[[Any], str | None]]
+    write: Callable[[Record, Sequence[Fit]], str]
+    read: Callable[[str], Any]
+    pixels: int = 0
+    optional: Mapping[str, Callable[[Any], str | None]] = dataclasses.field(default_factory=dict)
+    images: tuple[int, int] = (1, 1)
+
+
+_QA = TaskType(
+    ("{question}",),
+    {"question": _text, "answer": _text},
+    _write_text,
+    _read_text,
+    optional={"options": _options},
+    images=(1, 3),
+)
+TYPES: dict[str, TaskType] = {
+    "general_vqa": _QA,
+    "understanding_qa": _QA,
+    "planning_qa": _QA,
+    "traj2d": TaskType(
+        (
+            "Draw the path of the end effector in the image to do this: {instruction} Answer with "
+            "up to 10 points in JSON.",
+            "Where does the gripper move to do this: {instruction} List up to 10 points in JSON.",
+        ),
+        {"instruction": _text, "points": _numbers(2)},
+        _write_points,
+        _read_points,
+        2,
+    ),
+    "traj3d": TaskType(
+        (
+            "Give the 3D path of the end effector in the camera frame, in metres, to do this: "
+            "{instruction}",
+        ),
+        {"instruction": _text, "points_3d": _numbers(3)},
+        _write_points_3d,
+        _read_points_3d,
+    ),
+    "ground2d": TaskType(
+        (
+            "Locate every {label} in the image. Answer with boxes in JSON.",
+            "Detect each {label} and answer with bounding boxes in JSON.",
+        ),
+        {"label": _text, "boxes": _boxes},
+        _write_boxes,
+        _read_boxes,
+        4,
+    ),
+    "ground3d": TaskType(
+        (
+            "Give the 3D bounding box of the {label} in the camera frame: centre, size and "
+            "roll, pitch, yaw in metres and radians, in JSON.",
+        ),
+        {"label": _text, "bbox_3d": _pose_box},
+        _write_pose_box,
+        _read_pose_box,
+    ),
+    "space_point": TaskType(
+        ("{question} Answer with points in JSON.",),
+        {"question": _text, "points": _numbers(2)},
+        _write_points,
+        _read_points,
+        2,
+    ),
+    "object_point": TaskType(
+        ("Point to the {label}. Answer in JSON.", "Where is the {label}? Answer with points."),
+        {"label": _text, "points": _numbers(2)},
+        _write_points,
+        _read_points,
+        2,
+    ),
+    "affordance": TaskType(
+        ("Where should the gripper act to do this: {instruction} Answer with a box in JSON.",),
+        {"instruction": _text, "boxes": _one_box},
+        _write_boxes,
+        _read_boxes,
+        4,
+    ),
+    "mask_track": TaskType(
+        ("Locate the object with the {colour}-colored mask.",),
+        {"mask": _mask, "boxes": _one_box},
+        _write_boxes,
+        _read_boxes,
+        4,
+        optional={"color": _colour},
+        images=(2, 2),
+    ),
+}
+
+
+def make_sample(
+    record: Record, fits: Sequence[Fit], rng: np.random.Generator
+) -> VisionLanguageSample:
+    """Prompt and answer of one record.
+
+    Args:
+        record: as `Pool.record` gives it.
+        fits: of each image: how it lies in the slot that the model sees.
+        rng: picks the wording, and the mask's colour if the record names none.
+
+    Raises:
+        DataError: coordinates outside the image, or a mask of another size.
+    """
+    kind, where = TYPES[record["type"]], f"record {record['id']!r}"
+    fit = fits[-1]
+    for field in ("points", "boxes"):
+        for row in record.get(field, ()):
+            inside = all(0 <= x <= fit.width for x in row[0::2]) and all(
+                0 <= y <= fit.height for y in row[1::2]
+            )
+            if not inside:
+                raise DataError(
+                    f"{where}: {field} has {row}, outside the image of {fit.width} x {fit.height}"
+                )
+    prompt = kind.prompts[int(rng.integers(len(kind.prompts)))]
+    marked = None
+    if "mask" in record:
+        mask = decode_mask(record["mask"])
+        if mask.shape != (fits[0].height, fits[0].width):
+            raise DataError(f"{where}: mask is {mask.shape}, its image "
+                            f"{(fits[0].height, fits[0].width)}")  # fmt: skip
+        drawn = list(COLOURS)[int(rng.integers(len(COLOURS)))]
+        marked = mask, record.get("color", drawn)
+    prompt = prompt.format(**record, colour=marked[1] if marked else "")
+    if "options" in record:
+        lines = [f"{chr(ord('A') + i)}. {text}" for i, text in enumerate(record["options"])]
+        prompt += "\n" + "\n".join(lines) + "\nAnswer with the letter."
+    try:
+        return VisionLanguageSample(prompt, kind.write(record, fits), marked)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def parse_answer(
+    kind: str,
+    text: str,
+    fits: Sequence[Fit] = (),
+    *,
+    options: bool = False,
+    coordinates: Coordinates = "abs_resized",
+) -> Any:
+    """What a model's answer says, in pixels of the original image; None if it says nothing.
+
+    Never raises on any text: JSON, fences, tuples and point tags are all searched for numbers.
+
+    Args:
+        kind: a key of `TYPES`.
+        text: the answer.
+        fits: of the images, as in `make_sample`.
+        options: the question was multiple choice: the letter is returned.
+        coordinates: what the model speaks: pixels of the slot, or fractions or thousandths of the
+            image's sides.
+
+    Returns:
+        Lists [[x, y], ...], [[x1, y1, x2, y2], ...], [[x, y, z], ...], nine numbers, a letter, or
+        the text.
+    """
+    if options:
+        said = _SAID.findall(text)
+        letters = said[-1:] or _LETTER.findall(text)[:1]
+        return letters[0] if letters else None
+    task = TYPES[kind]
+    found = task.read(text)
+    if found is None or not task.pixels:
+        return found
+    return [_original(row, fits[-1], coordinates) for row in found]
+
+
+def _original(row, fit, coordinates):
+    sx, sy, dx, dy = fit.affine
+    if coordinates != "abs_resized":
+        whole = 1.0 if coordinates == "norm1" else 1000.0
+        sx, sy, dx, dy = whole / fit.width, whole / fit.height, 0.0, 0.0
+    return [(x - (dy if i % 2 else dx)) / (sy if i % 2 else sx) for i, x in enumerate(row)]
+
+
+def keep_record(record_id: str, percent: int) -> bool:
+    """Whether a record is in the fixed subset of so many percent (systems.md 2.9).
+
+    By the first eight bytes of BLAKE2b, since the standard library has no xxHash.
+    """
+    digest = hashlib.blake2b(record_id.encode()).digest()
+    return int.from_bytes(digest[:8], "little") % 100 < percent
+
+
+class Pool:
+    """Records of a JSONL file, or of all in a folder; read by number, checked when read."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        types: Sequence[str] | None = None,
+        keep_percent: int = 100,
+    ):
+        """Find the lines.
+
+        Args:
+            path: a .jsonl file, or a folder of them; images lie relative to it.
+            types: take only records of these; all by default.
+            keep_percent: take a fixed subset; see `keep_record`.
+
+        Raises:
+            DataError: no such file, no records, or, where records are picked, a bad one.
+        """
+        path = pathlib.Path(path)
+        self.root = path if path.is_dir() else path.parent
+        self.files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not self.files or not all(file.is_file() for file in self.files):
+            raise DataError(f"{path}: expected a .jsonl file, or a folder of them")
+        places, digest = [], hashlib.sha256(json.dumps([types, keep_percent]).encode())
+        for number, file in enumerate(self.files):
+            offset = 0
+            with file.open("rb") as lines:
+                for line_number, line in enumerate(lines, 1):
+                    digest.update(line)
+                    if line.strip():
+                        places.append((number, line_number, offset, len(line)))
+                    offset += len(line)
+        self._places = np.array(places, np.int64).reshape(-1, 4)
+        if types is not None or keep_percent < 100:
+            kept = [
+                (types is None or record["type"] in types)
+                and keep_record(record["id"], keep_percent)
+                for record in map(self.record, range(len(self._places)))
+            ]
+            self._places = self._places[np.array(kept, bool)]
+        if not len(self._places):
+            raise DataError(f"{path}: has no records" + (f" of {list(types)}" if types else ""))
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._places)
+
+    def where(self, number: int) -> str:
+        """File and line of a record, for messages."""
+        file, line, _, _ = self._places[number].tolist()
+        return f"{self.files[file].name}, line {line}"
+
+    def record(self, number: int) -> Record:
+        """One record.
+
+        Raises:
+            DataError: it is not what its type needs; names file, line, id and field.
+        """
+        file, _, offset, length = self._places[number].tolist()
+        with self.files[file].open("rb") as lines:
+            lines.seek(offset)
+            return _checked(lines.read(length), self.where(number))
+
+    def image_paths(self, record: Record) -> list[pathlib.Path]:
+        """Where its images lie."""
+        return [self.root / image for image in record["images"]]
+
+    def check(self) -> Iterator[str]:
+        """A sentence for every bad record, and every image that is not there."""
+        for number in range(len(self)):
+            try:
+                for path in self.image_paths(self.record(number)):
+                    if not path.is_file():
+                        yield f"{self.where(number)}: image {path} is not there"
+            except DataError as error:
+                yield str(error)
+
+
+def _checked(line: bytes, where: str) -> Record:
+    def no_twice(pairs):
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"keys {keys} stand twice")
+        return dict(pairs)
+
+    try:
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=no_twice)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a JSON object: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+        raise DataError(f"{where}: expected an object with a text 'id'")
+    where = f"{where}, id {record['id']!r}"
+    kind = record.get("type")
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise DataError(f"{where}: type {kind!r}: expected one of {list(TYPES)}")
+    task = TYPES[kind]
+    known = {"id", "type", "images", *task.fields, *task.optional}
+    for field in sorted(known - set(record) - set(task.optional)):
+        raise DataError(f"{where}: field {field!r} is missing")
+    for field in sorted(set(record) - known):
+        raise DataError(f"{where}: field {field!r} is not one of {kind}'s: {sorted(known)}")
+    least, most = task.images
+    images = record["images"]
+    if not isinstance(images, list) or not least <= len(images) <= most:
+        raise DataError(f"{where}: expected {least} to {most} images")
+    for image in images:
+        path = pathlib.PurePosixPath(image) if isinstance(image, str) and image else None
+        if path is None or path.is_absolute() or ".." in path.parts:
+            raise DataError(f"{where}: image {image!r}: expected a path below the pool's folder")
+    for field, check in {**task.fields, **task.optional}.items():
+        wrong = check(record[field]) if field in record else None
+        if wrong:
+            raise DataError(f"{where}: field {field!r}: expected {wrong}")
+    return record
