@@ -5,6 +5,7 @@ A layout says where episodes, numbers, images and texts lie; keys are paths insi
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -134,7 +135,7 @@ class Hdf5Source:
         return len(self.places)
 
     def episode(self, number: int) -> "_Episode":
-        """One episode; its file is opened."""
+        """One episode; nothing is read yet."""
         file, group = self.places[number]
         return _Episode(self, self.files[file], group)
 
@@ -169,17 +170,17 @@ class _Episode:
         self.file = path.relative_to(source.root)
         self.episode_id = f"{self.file.as_posix()}:{group}" if group else self.file.as_posix()
         self.where = f"{self.file}, {group or 'whole file'}"
-        with _open(path) as file:
-            self.num_steps = self._count_steps(file)
 
-    def _count_steps(self, file: h5py.File) -> int:
-        node = self._node(file)
-        parent, _, name = self.layout.steps.rpartition("/")
-        parent = node[parent] if parent and parent in node else node
-        name = name.rstrip("*")
-        for key in parent:
-            if key.startswith(name) and isinstance(parent[key], h5py.Dataset):
-                return len(parent[key])
+    @functools.cached_property
+    def num_steps(self) -> int:
+        with _open(self.path) as file:
+            node = self._node(file)
+            parent, _, name = self.layout.steps.rpartition("/")
+            parent = node[parent] if parent and parent in node else node
+            name = name.rstrip("*")
+            for key in parent:
+                if key.startswith(name) and isinstance(parent[key], h5py.Dataset):
+                    return len(parent[key])
         raise DataError(f"{self.where}: has no {self.layout.steps!r} to count its steps by")
 
     def _node(self, file: h5py.File) -> Any:

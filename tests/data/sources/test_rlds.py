@@ -144,6 +144,29 @@ def test_the_writer_equals_tensorflows_reader_where_it_is_installed(tfrecord):
         )
 
 
+@pytest.mark.parametrize("name", ["derived_rlds_franka", "bridge_dataset_octo/bridge_dataset"])
+def test_real_records_equal_tensorflows_where_it_is_installed(samples, tmp_path, name):
+    tf = pytest.importorskip("tensorflow")
+    folder = samples / name / "1.0.0"
+    build(folder, "train", tmp_path / "ix")
+    source = RldsSource(folder, "train", tmp_path / "ix")
+    files = [str(path) for path in source.index.shards]
+    records = list(tf.data.TFRecordDataset(files))
+    assert len(records) == len(source)
+    for number, record in enumerate(records):
+        columns = tf.train.Example.FromString(record.numpy()).features.feature
+        for key, feature in source.index.features.items():
+            kind = columns[key].WhichOneof("kind")
+            theirs = list(getattr(columns[key], kind).value) if kind else []
+            if not source.index.has(key, number):
+                assert not theirs
+                continue
+            ours = source.index.read(key, number)
+            if feature.dtype != "bytes":
+                ours = np.asarray(ours).ravel().tolist()
+            assert ours == theirs, key
+
+
 def test_the_writer_refuses_what_it_cannot_mean(tmp_path):
     good = _episode(0, 2)
     cases = [
