@@ -35,6 +35,7 @@ setup(
         "pillow>=11",
         "pyarrow>=18",
         "rich>=14",
+        "scipy>=1.14",
         "simplejpeg>=1.8",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.22",
@@ -57,7 +58,6 @@ setup(
             "rerun-sdk>=0.26",
             "ruff>=0.17",
             "safetensors>=0.8",
-            "scipy>=1.17",
         ],
     },
 )

@@ -262,7 +262,7 @@ class Prepared:
         episode = int(np.searchsorted(self._starts, np.uint64(step), side="right")) - 1
         return episode, step - int(self._starts[episode])
 
-    def episode(self, number: int) -> Episode:
+    def episode(self, number: int, *, images: bool = True) -> Episode:
         """One episode; tracks are slices of the mapped file, images are read on access."""
         entry = self._table[number]
         steps, start = int(entry["steps"]), int(entry["start"])
@@ -287,7 +287,7 @@ class Prepared:
             fps=round(float(entry["fps"]), 4),
             instruction=said[split:].decode(),
             arms=arms,
-            views=self._views(int(entry["source"]), int(entry["views"])),
+            views=self._views(int(entry["source"]), int(entry["views"])) if images else {},
         )
 
     def _views(self, number: int, bits: int) -> Mapping[str, Any]:
@@ -297,3 +297,33 @@ class Prepared:
             for bit, view in enumerate(VIEWS)
             if bits >> bit & 1
         }
+
+
+class _NoImages:
+    """A source that is not there: its numbers are known, its images are not."""
+
+    def __init__(self, fingerprint: str):
+        self._fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return 0
+
+    def episode(self, number: int) -> Any:
+        raise DataError("only the prepared numbers are open, not the recordings")
+
+    def keys(self) -> Mapping[str, str]:
+        return {}
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+def stored_episodes(directory: str | os.PathLike) -> list[Episode]:
+    """Episodes of a prepared data set without their images; the recordings need not be there.
+
+    Raises:
+        DataError: not there, or of another version.
+    """
+    manifest = load_json(pathlib.Path(directory) / "manifest.json")
+    prepared = Prepared(directory, _NoImages(manifest.get("source", "")))
+    return [prepared.episode(number, images=False) for number in range(len(prepared))]

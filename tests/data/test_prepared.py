@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gear_jax.data.faults import FaultLog
-from gear_jax.data.prepared import Prepared, prepare
+from gear_jax.data.prepared import Prepared, prepare, stored_episodes
 from gear_jax.data.standardize import standard_episode
 from gear_jax.data.tfrecord import DataError
 from tests.data.raw import Recording
@@ -71,6 +71,16 @@ def test_dropped_episodes_are_counted_and_the_rest_is_kept(tmp_path):
 def test_a_data_set_without_a_good_episode_is_refused(tmp_path):
     with pytest.raises(DataError, match="no episode is left of 1"):
         prepare(Recording([_raw(1)]), ROW, tmp_path / "p", budget=1.0)
+
+
+def test_the_numbers_are_there_without_the_recordings(tmp_path):
+    source = _recording()
+    prepare(source, ROW, tmp_path / "p")
+    episodes = stored_episodes(tmp_path / "p")
+    assert len(episodes) == 70
+    wanted = Prepared(tmp_path / "p", source).episode(69)
+    np.testing.assert_array_equal(episodes[69].arms["right"].ee_pos, wanted.arms["right"].ee_pos)
+    assert episodes[69].views == {}
 
 
 def test_other_data_than_was_prepared_are_refused(tmp_path):
