@@ -168,9 +168,8 @@ def malformed(tokenizer, num):
         bad += int((~tokenizer.decode(rows)[1]).sum())
         loose = [rng.integers(0, tokenizer.vocab_size, len(row)) for row in rows]
         free += int((~tokenizer.decode(loose)[1]).sum())
-    print(
-        f"{num} sequences of random logits: {bad} malformed under the grammar, {free / num:.1%} without"
-    )
+    rate = f"{free / num:.1%}"
+    print(f"{num} sequences of random logits: {bad} malformed under the grammar, {rate} without")
     return bad, free / num
 
 

@@ -89,7 +89,8 @@ def detect_format(path: str) -> Format:
     """
     folder = pathlib.Path(path)
     if (folder / "dataset_info.json").is_file():
-        kind = load_json(folder / "dataset_info.json").get("fileFormat")
+        info = load_json(folder / "dataset_info.json")
+        kind = info.get("fileFormat") if isinstance(info, dict) else None
         if kind in ("tfrecord", "array_record"):
             return "rlds" if kind == "tfrecord" else "array_record"
         raise DataError(f"{folder}: file format {kind!r}, expected tfrecord or array_record")

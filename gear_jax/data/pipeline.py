@@ -25,7 +25,7 @@ import numpy as np
 from gear_jax.data import images as images_lib
 from gear_jax.data import statistics as statistics_lib
 from gear_jax.data.embodiments import EMBODIMENTS, embodiment_id
-from gear_jax.data.faults import FaultLog
+from gear_jax.data.faults import FaultError, FaultLog
 from gear_jax.data.images import AugmentConfig, BadImageError
 from gear_jax.data.mask_overlay import overlay
 from gear_jax.data.mixtures import Phase, Schedule
@@ -315,7 +315,7 @@ class _Load(grain.transforms.Map):
             batch["num_images"] += 1
             try:
                 self._fill(batch["images"][row, slot], episode.views[view][step], augmentation)
-            except BadImageError as error:
+            except (BadImageError, FaultError) as error:
                 where = f"{episode.dataset}, {episode.episode_id}, step {step}, view {view!r}"
                 batch["faults"].append((error.code, f"{where}: {error} [{error.code}]"))
                 batch["images"][row, slot] = 0
@@ -399,7 +399,7 @@ class _Load(grain.transforms.Map):
                 try:
                     image = episode.views["head"][int(shown)]
                     self._fill(batch["images"][row, place], image, None)
-                except BadImageError as error:
+                except (BadImageError, FaultError) as error:
                     where = f"{episode.dataset}, {episode.episode_id}, step {shown}, view 'head'"
                     batch["faults"].append((error.code, f"{where}: {error} [{error.code}]"))
                     batch["clip_mask"][row] = False

@@ -21,7 +21,7 @@ from gear_jax.data.prepared import Prepared
 from gear_jax.data.sources.base import Source
 from gear_jax.data.statistics import check, report
 from gear_jax.data.tfrecord import DataError
-from gear_jax.data.windows import make_window, target_poses
+from gear_jax.data.windows import make_chunks, target_poses
 from gear_jax.types import ARMS, VIEWS, ActionSpec, Episode
 
 mpl.use("Agg")
@@ -145,12 +145,10 @@ def _tracks_figure(episode, step, spec):
         if arm.ee_pos is not None:
             path = np.asarray(arm.ee_pos)
             space.plot(*path.T, color="0.7", lw=1, label="episode")
-            window = make_window(episode, step, spec)
-            poses, _ = target_poses(window.action, window.state["ee_pose"], spec)
-            inside = window.action_mask[:, spec.dims(name, "position")][:, 0]
-            chunk = poses[ARMS.index(name), inside]
+            _, mask, ee_pose, poses = _chunk(episode, step, spec)
+            chunk = poses[ARMS.index(name), mask[:, spec.dims(name, "position")][:, 0]]
             space.plot(*chunk[:, :3, 3].T, color="#d62728", lw=2, label="chunk, 1 s")
-            now = window.state["ee_pose"][ARMS.index(name)]
+            now = ee_pose[ARMS.index(name)]
             reach = 0.25 * max(np.ptp(path, axis=0).max(), 0.05)
             for axis in range(3):
                 space.quiver(*now[:3, 3], *now[:3, axis] * reach, color=_COLOURS[axis], lw=1.5)
@@ -184,9 +182,16 @@ def _tracks_figure(episode, step, spec):
     return figure
 
 
+def _chunk(episode, step, spec):
+    """Action [A, a], mask [A, a], poses now [R, 4, 4] and in the chunk [R, A, 4, 4]."""
+    action, mask, state = make_chunks([episode], [step], spec)
+    poses, _ = target_poses(action[0], state["ee_pose"][0], spec)
+    return action[0], mask[0], state["ee_pose"][0], poses
+
+
 def _chunk_figure(episode, step, spec):
     """Each dimension of one chunk; what the mask hides is hatched."""
-    window = make_window(episode, step, spec)
+    action, mask, _, _ = _chunk(episode, step, spec)
     arms = list(episode.arms)
     figure, grid = plt.subplots(
         len(arms), 3, figsize=(11.5, 2.6 * len(arms)), layout="constrained", squeeze=False
@@ -198,8 +203,8 @@ def _chunk_figure(episode, step, spec):
         for axes, (part, title) in zip(line, titles.items(), strict=True):
             dims = spec.dims(name, part)
             for dim, (label, colour) in zip(range(*dims.indices(999)), _LINES[part], strict=True):
-                axes.plot(times, window.action[:, dim], color=colour, label=label, lw=1.2)
-            hidden = ~window.action_mask[:, dims].all(axis=1)
+                axes.plot(times, action[:, dim], color=colour, label=label, lw=1.2)
+            hidden = ~mask[:, dims].all(axis=1)
             if hidden.any():
                 axes.fill_between(
                     times, *axes.get_ylim(), where=hidden, step="mid", hatch="///", alpha=0.15,
@@ -368,7 +373,7 @@ def recording(episode: Episode, spec: ActionSpec, target: pathlib.Path) -> None:
             for view, images in episode.views.items():
                 try:
                     picture = decode(images[step])
-                except BadImageError as error:
+                except (BadImageError, DataError) as error:
                     stream.log(f"views/{view}/fault", rr.TextLog(str(error)))
                     continue
                 stream.log(f"views/{view}", rr.Image(picture).compress(jpeg_quality=85))
@@ -378,15 +383,14 @@ def recording(episode: Episode, spec: ActionSpec, target: pathlib.Path) -> None:
 def _log_step(rr, stream, episode, step, spec):
     if not episode.arms:
         return
-    window = make_window(episode, step, spec)
-    poses, _ = target_poses(window.action, window.state["ee_pose"], spec)
+    _, mask, ee_pose, poses = _chunk(episode, step, spec)
     for name, arm in episode.arms.items():
         index = ARMS.index(name)
         if arm.ee_pos is not None:
-            now = window.state["ee_pose"][index]
+            now = ee_pose[index]
             pose = rr.Transform3D(translation=now[:3, 3], mat3x3=now[:3, :3])
             stream.log(f"base/{name}/ee", pose, rr.TransformAxes3D(0.08))
-            inside = window.action_mask[:, spec.dims(name, "position")][:, 0]
+            inside = mask[:, spec.dims(name, "position")][:, 0]
             chunk = rr.LineStrips3D([poses[index, inside, :3, 3]], colors=[214, 39, 40])
             stream.log(f"base/{name}/chunk", chunk)
         for field in ("grip_open", "grip_cmd"):

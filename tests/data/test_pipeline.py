@@ -292,6 +292,22 @@ def test_a_bad_image_is_masked_counted_and_named_and_too_many_stop_the_run(tmp_p
         _ = [next(stream) for _ in range(50)]
 
 
+def test_a_video_that_is_cut_short_masks_its_frames_and_the_run_goes_on(tmp_path):
+    path = write_video(tmp_path / "v" / "a.mp4", [6 * i for i in range(40)], fps=5)
+    entry = DatasetConfig(str(tmp_path / "v"), "video", str(tmp_path / "w"), format="video")
+    video = {"video": open_prepared(entry)}
+    data = path.read_bytes()
+    begin = data.index(b"mdat")
+    path.write_bytes(data[: begin + 4] + bytes(len(data) - begin - 4))  # pictures gone, size kept
+    config = StreamConfig(40, 10**6, image_size=28, bad_images=1.0)
+    stream = Stream(video, [Phase(0.0, {"video": 1.0})], config)
+    batch = next(stream)
+    assert stream.log.counts == {"bad_image": 40}
+    assert "a.mp4, frame" in stream.log.examples["bad_image"][0]
+    assert not batch["view_mask"].any()
+    assert not batch["images"].any()
+
+
 def test_clips_for_the_latent_tokenizer(sets):
     config = StreamConfig(4, 10**6, image_size=28, content="clips")
     videos = {"video": sets["video"]}

@@ -8,6 +8,7 @@ from typing import Any
 import av
 import numpy as np
 
+from gear_jax.data.faults import FaultError
 from gear_jax.data.tfrecord import DataError
 from gear_jax.types import Image
 
@@ -32,7 +33,7 @@ class VideoFrames(Sequence):
 
         Raises:
             IndexError: no such frame.
-            DataError: the file cannot be decoded, or ends before this frame.
+            FaultError: the file cannot be decoded, or ends before this frame.
         """
         if not 0 <= step < self.num_frames:
             raise IndexError(f"frame {step} of {self.path}: it has {self.num_frames}")
@@ -60,8 +61,10 @@ class VideoFrames(Sequence):
                             return
                         wanted = begin + self.start + step / self.fps
         except (av.FFmpegError, OSError) as error:
-            raise DataError(f"{self.path}, frame {step}: cannot be decoded: {error}") from error
-        raise DataError(f"{self.path}: ends before frame {step}, expected {self.num_frames}")
+            what = f"cannot be decoded: {error.strerror}"
+            raise FaultError("bad_image", f"{self.path}, frame {step}", what) from error
+        what = f"the video ends before, expected {self.num_frames} frames"
+        raise FaultError("bad_image", f"{self.path}, frame {step}", what)
 
 
 def probe(path: str | os.PathLike) -> tuple[int, float]:

@@ -53,7 +53,7 @@ def test_a_stretch_of_a_longer_file_begins_at_its_time(tmp_path):
 
 def test_a_file_that_ends_early_or_is_no_video_is_named(tmp_path):
     path = write_video(tmp_path / "a.mp4", LEVELS)
-    with pytest.raises(DataError, match="a.mp4: ends before frame 25, expected 30"):
+    with pytest.raises(DataError, match="a.mp4, frame 25: the video ends before, expected 30"):
         list(VideoFrames(path, 30, 10.0))
     (tmp_path / "b.mp4").write_bytes(b"version https://git-lfs")
     with pytest.raises(DataError, match="b.mp4"):
