@@ -260,6 +260,8 @@ def _byte_of_letter() -> dict[str, int]:
 class Grammar:
     """Which tokens may follow, so that every sequence that ends holds exactly H x D coefficients.
 
+    And only such as the vocabulary's range has: nothing is clipped.
+
     A state is the part of a character that tokens have begun and not finished; 0 is none. All are
     plain arrays: `mask` and `advance` work on NumPy and on JAX, inside jit, with leading axes.
 
@@ -309,12 +311,17 @@ def make_grammar(tokenizer: FastTokenizer) -> Grammar:
     Raises:
         ValueError: with this vocabulary no sequence of the right length can be written.
     """
-    tokens = tokenizer.token_bytes
+    tokens, limit = tokenizer.token_bytes, tokenizer.vocab_size  # coefficients have no more codes
+    begins = {
+        chr(code).encode()[:length]
+        for code in range(limit)
+        for length in range(1, len(chr(code).encode()))
+    }
     states, steps = {b"": 0}, []
     todo = [b""]
     while todo:
         begun = todo.pop(0)
-        row = [_finish(begun + token) if token else None for token in tokens]
+        row = [_finish(begun + token, limit, begins) if token else None for token in tokens]
         for found in row:
             if found is not None and found[1] not in states:
                 states[found[1]] = len(states)
@@ -344,28 +351,14 @@ def make_grammar(tokenizer: FastTokenizer) -> Grammar:
     return Grammar(size, count, following, can_end)
 
 
-def _finish(data: bytes) -> tuple[int, bytes] | None:
-    """(characters, what is begun after them) of bytes; None if they are no UTF-8."""
-    for cut in range(4):
+def _finish(data: bytes, limit: int, begun: set[bytes]) -> tuple[int, bytes] | None:
+    """(characters, what is begun after them) of bytes; None if they are none below `limit`."""
+    for cut in range(min(4, len(data) + 1)):
         head, tail = (data, b"") if not cut else (data[:-cut], data[-cut:])
-        if cut > len(data):
-            return None
         try:
             text = head.decode("utf-8")
         except UnicodeDecodeError:
             continue
-        return (len(text), tail) if _may_begin(tail) else None
+        fits = all(ord(letter) < limit for letter in text) and (not tail or tail in begun)
+        return (len(text), tail) if fits else None
     return None
-
-
-def _may_begin(tail: bytes) -> bool:
-    """Whether some character's UTF-8 begins with these bytes, and is longer."""
-    if not tail:
-        return True
-    for end in (b"\x80", b"\xbf", b"\x80\x80", b"\xbf\xbf", b"\x80\x80\x80", b"\xbf\xbf\xbf"):
-        try:
-            (tail + end).decode("utf-8")
-            return True
-        except UnicodeDecodeError:
-            continue
-    return False
