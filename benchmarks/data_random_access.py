@@ -56,7 +56,7 @@ def main():
         first = [way(1, 17) for way in ways.values()]
         assert all(same(first[0], other) for other in first[1:]), "the ways differ"
         print(f"# {EPISODES} episodes of {record / 1e6:.1f} MB; index built in {built:.3f} CPU s")
-        results = {name: measure(way, args.samples if "ours" in name else 12, rng)
+        results = {name: measure(way, args.samples if "ours" in name else 60, rng)
                    for name, way in ways.items()}  # fmt: skip
         needed = len(VIEWS) * JPEG + 4 * HORIZON * sum(LOW.values()) + len("pick up the block")
         read = bytes_read(index, rng)

@@ -51,6 +51,7 @@ from gear_jax.data.tfrecord import (
 )
 
 VERSION = 1
+_FLOAT32 = np.dtype("<f4")
 
 EPISODE = np.dtype([("shard", "<u4"), ("steps", "<u4"), ("offset", "<u8"), ("length", "<u8")])
 COLUMN = np.dtype([("kind", "u1"), ("count", "<u4"), ("offset", "<u8"), ("length", "<u8")])
@@ -219,6 +220,7 @@ class _Column:
 
     feature: Feature
     per_step: bool
+    is_bytes: bool
     columns: np.ndarray
     starts: np.ndarray
     elements: np.ndarray
@@ -262,10 +264,11 @@ class Index:
         self.episodes = _mapped(self.directory / "episodes.npy")
         self._columns: dict[str, _Column] = {}
         self._files: dict[int, int] = {}
+        self._row: tuple[int, Any] = (-1, None)  # the episode read last, for the next key
         weakref.finalize(self, _close, self._files)
 
     def __getstate__(self):
-        opened = {"episodes", "_columns", "_files"}
+        opened = {"episodes", "_columns", "_files", "_row"}
         return {key: value for key, value in self.__dict__.items() if key not in opened}
 
     def __setstate__(self, state):
@@ -307,7 +310,10 @@ class Index:
         """
         found = self._columns.get(key) or self._column(key)
         feature = found.feature
-        shard, steps, payload, _ = self.episodes[episode].item()
+        row = self._row
+        if row[0] != episode:  # the keys of a sample are read one after the other
+            row = self._row = (episode, self.episodes[episode].item())
+        shard, steps, payload, _ = row[1]
         if not found.per_step:
             steps = 1
         if stop is None:
@@ -316,33 +322,36 @@ class Index:
             raise IndexError(f"steps {start} .. {stop} of {key!r}: episode {episode} has {steps}")
         if start == stop:
             return [] if feature.dtype == "bytes" else np.zeros((0, *feature.shape), feature.dtype)
+        if found.is_bytes:
+            first, last = found.starts[episode : episode + 2].tolist()
+            if first == last:
+                raise DataError(f"{self.where(episode)}: no value of key {key!r}")
+            places = found.elements[first + start : first + stop].tolist()
+            if len(places) == 1:
+                values = [self._pread(shard, payload + places[0][0], places[0][1])]
+            else:
+                values = self._elements(shard, payload, places)
+            if feature.dtype == "bytes":
+                return values
+            return decode_tensors(feature, values, self.where(episode))
         kind, count, place, length = found.columns[episode].item()
         if not count:
             raise DataError(f"{self.where(episode)}: no value of key {key!r}")
-        if kind == BYTES:
-            first = found.starts[episode].item()
-            places = found.elements[first + start : first + stop].tolist()
-            values = self._elements(shard, payload, places)
-            return (
-                values
-                if feature.dtype == "bytes"
-                else decode_tensors(feature, values, self.where(episode))
-            )
         width = feature.width
         if kind == FLOATS:  # fixed width: read only the rows asked for
             data = self._pread(shard, place + 4 * width * start, 4 * width * (stop - start))
-            numbers = np.frombuffer(data, "<f4")
+            numbers = np.frombuffer(data, _FLOAT32)
         else:
             data = self._pread(shard, place, length)
             numbers = decode_column(kind, data)[width * start : width * stop]
-        return numbers.astype(feature.dtype, copy=False).reshape(stop - start, *feature.shape)
+        if feature.dtype != "float32" or kind != FLOATS:
+            numbers = numbers.astype(feature.dtype, copy=False)
+        return numbers.reshape(stop - start, *feature.shape)
 
     def _elements(self, shard: int, payload: int, places: list) -> list[bytes]:
         """Byte strings that lie one after the other, in one read."""
         begin, end = places[0][0], sum(places[-1])
         data = self._pread(shard, payload + begin, end - begin)
-        if len(places) == 1:
-            return [data]
         return [data[offset - begin : offset - begin + length] for offset, length in places]
 
     def _column(self, key: str) -> "_Column":
@@ -351,7 +360,9 @@ class Index:
             raise KeyError(f"{key!r} is none of {sorted(self.features)}")
         file = f"{list(self.features).index(key)}.npy"
         arrays = [_mapped(self.directory / f / file) for f in ("columns", "starts", "elements")]
-        self._columns[key] = _Column(self.features[key], key.startswith(STEPS), *arrays)
+        feature = self.features[key]
+        is_bytes = feature.dtype == "bytes" or feature.encoding != "none"
+        self._columns[key] = _Column(feature, key.startswith(STEPS), is_bytes, *arrays)
         return self._columns[key]
 
     def _pread(self, shard: int, offset: int, length: int) -> bytes:
