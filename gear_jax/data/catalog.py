@@ -17,13 +17,13 @@ from gear_jax.data import tfrecord_index
 from gear_jax.data.kinematics import Kinematics
 from gear_jax.data.prepared import Prepared, prepare
 from gear_jax.data.rlds_features import load_json
+from gear_jax.data.rows import Row, choose_row, row_from_json, row_to_json, with_kinematics
 from gear_jax.data.sources.base import Source
 from gear_jax.data.sources.hdf5 import Hdf5Source
 from gear_jax.data.sources.lerobot import LeRobotSource
 from gear_jax.data.sources.rlds import ArrayRecordSource, RldsSource
 from gear_jax.data.sources.video_folder import VideoFolderSource
 from gear_jax.data.standard_rows import ROWS
-from gear_jax.data.standardize import Row, choose_row, row_from_json, row_to_json, with_kinematics
 from gear_jax.data.tfrecord import DataError
 
 Format = Literal["rlds", "array_record", "lerobot", "hdf5", "video"]

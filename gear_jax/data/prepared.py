@@ -28,8 +28,9 @@ import numpy as np
 
 from gear_jax.data.faults import FaultError, FaultLog
 from gear_jax.data.rlds_features import load_json
+from gear_jax.data.rows import Row, row_from_json, row_to_json
 from gear_jax.data.sources.base import Source
-from gear_jax.data.standardize import Row, row_from_json, row_to_json, standard_episode
+from gear_jax.data.standardize import standard_episode
 from gear_jax.data.tfrecord import DataError
 from gear_jax.types import ARMS, MAX_JOINTS, VIEWS, Arm, Episode
 

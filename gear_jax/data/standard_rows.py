@@ -10,7 +10,7 @@ chunk's targets are the poses that were achieved (data.md 3.3).
 from collections.abc import Callable
 from typing import Literal
 
-from gear_jax.data.standardize import ArmRow, Gripper, Pose, Row, ViewRow
+from gear_jax.data.rows import ArmRow, Gripper, Pose, Row, ViewRow
 
 _OBS = "steps/observation/"
 _BRIDGE_TURN = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0, -1.0, 0.0, 0.0)

@@ -6,11 +6,12 @@ from scipy.spatial.transform import Rotation
 
 from gear_jax.data.faults import FaultError, FaultLog
 from gear_jax.data.images import decode
+from gear_jax.data.rows import choose_row
 from gear_jax.data.sources.hdf5 import Hdf5Source
 from gear_jax.data.sources.lerobot import LeRobotSource
 from gear_jax.data.sources.rlds import RldsSource
 from gear_jax.data.standard_rows import ROWS
-from gear_jax.data.standardize import choose_row, standard_episode
+from gear_jax.data.standardize import standard_episode
 from gear_jax.data.tfrecord_index import build
 from tests.data.raw import Raw
 from tests.data.sources.test_hdf5 import write_agibot, write_libero, write_robomind

@@ -6,8 +6,7 @@ import pytest
 
 from gear_jax.data.faults import POLICY, FaultError, FaultLog
 from gear_jax.data.kinematics import Kinematics
-from gear_jax.data.standard_rows import ROWS
-from gear_jax.data.standardize import (
+from gear_jax.data.rows import (
     ArmRow,
     Gripper,
     Pose,
@@ -16,9 +15,10 @@ from gear_jax.data.standardize import (
     choose_row,
     row_from_json,
     row_to_json,
-    standard_episode,
     with_kinematics,
 )
+from gear_jax.data.standard_rows import ROWS
+from gear_jax.data.standardize import standard_episode
 from gear_jax.data.tfrecord import DataError
 from tests.data.raw import Raw
 
