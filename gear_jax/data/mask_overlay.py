@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gear_jax.data.images import MAX_PIXELS
 from gear_jax.types import Image
 
 COLOURS = {
@@ -20,7 +21,6 @@ COLOURS = {
     "orange": (255, 128, 0),
     "purple": (128, 0, 255),
 }
-_LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def overlay(image: Image, mask: np.ndarray, colour: str) -> Image:
@@ -41,25 +41,40 @@ def overlay(image: Image, mask: np.ndarray, colour: str) -> Image:
         raise ValueError(f"mask is {mask.shape}, the image {image.shape[:2]}")
     if colour not in COLOURS:
         raise ValueError(f"colour {colour!r}: expected one of {list(COLOURS)}")
-    grey = (image @ _LUMA)[..., None]
-    marked = 0.5 * grey + 0.5 * np.array(COLOURS[colour])
-    return np.floor(np.where(mask[..., None], marked, grey) + 0.5).astype(np.uint8)
+    # in thousandths, as whole numbers: a half is a half, and is rounded up
+    red, green, blue = np.moveaxis(image.astype(np.uint32), -1, 0)
+    grey = (299 * red + 587 * green + 114 * blue)[..., None]
+    marked = (grey + 1000 * np.array(COLOURS[colour], np.uint32) + 1000) // 2000
+    return np.where(mask[..., None], marked, (grey + 500) // 1000).astype(np.uint8)
 
 
 def decode_mask(stored: Mapping[str, Any]) -> np.ndarray:
     """bool[H, W] of COCO's uncompressed run lengths: column by column, runs of 0 first.
 
     Raises:
-        ValueError: not {"size": [H, W], "counts": [...]}, or runs that do not fill the mask.
+        ValueError: see `check_mask`.
+    """
+    check_mask(stored)
+    size, counts = stored["size"], stored["counts"]
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(size[1], size[0]).T
+
+
+def check_mask(stored: Mapping[str, Any]) -> None:
+    """Refuse what `decode_mask` cannot read, before memory is taken for it.
+
+    Raises:
+        ValueError: not {"size": [H, W], "counts": [...]}, larger than any image may be, or runs
+            that do not fill the mask.
     """
     size: Any = stored.get("size")
     counts: Any = stored.get("counts")
     if not _whole(size, 2) or min(size) < 1 or not _whole(counts, None):
         raise ValueError('mask: expected {"size": [H, W], "counts": [runs]} of whole numbers')
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"mask: size {size} has more than {MAX_PIXELS} pixels")
     if min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
         raise ValueError(f"mask: runs fill {sum(counts)} pixels, expected {size[0] * size[1]}")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(size[1], size[0]).T
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, list[int]]:

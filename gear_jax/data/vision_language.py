@@ -9,7 +9,6 @@ Qwen2.5-VL's native form: JSON with absolute pixels of the image as the model se
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import pathlib
 import re
@@ -19,12 +18,16 @@ from typing import Any, Literal
 import numpy as np
 
 from gear_jax.data.images import Fit
-from gear_jax.data.mask_overlay import COLOURS, decode_mask
+from gear_jax.data.mask_overlay import COLOURS, check_mask, decode_mask
 from gear_jax.data.tfrecord import DataError
 
 MAX_TEXT = 32768  # characters
 MAX_POINTS = 10_000
 TRAJECTORY_LEN = 10
+LETTERS = "ABCDEF"  # of options
+
+_MOST = 1e6  # no pixel and no metre is farther away
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold them, UTF-8 cannot
 
 Coordinates = Literal["abs_resized", "norm1", "norm1000"]
 Record = Mapping[str, Any]
@@ -51,19 +54,23 @@ class VisionLanguageSample:
 def _text(value):
     if not isinstance(value, str) or not value.strip():
         return "a text that is not empty"
+    if _HALF_PAIR.search(value):
+        return "a text that UTF-8 can hold"
     return None if len(value) <= MAX_TEXT else f"up to {MAX_TEXT} characters"
 
 
 def _options(value):
-    fine = isinstance(value, list) and 2 <= len(value) <= 26
-    return None if fine and not any(map(_text, value)) else "a list of two to 26 texts"
+    fine = isinstance(value, list) and 2 <= len(value) <= len(LETTERS)
+    if not fine or any(map(_text, value)) or len(set(value)) < len(value):
+        return f"a list of two to {len(LETTERS)} different texts"
+    return None
 
 
 def _numbers(count):
     def check(value):
         fine = isinstance(value, list) and 1 <= len(value) <= MAX_POINTS
         if not fine or not all(_is_numbers(row, count) for row in value):
-            return f"one to {MAX_POINTS} lists of {count} finite numbers"
+            return f"one to {MAX_POINTS} lists of {count} finite numbers, none beyond {_MOST:g}"
         return None
 
     return check
@@ -73,7 +80,7 @@ def _is_numbers(row, count):
     return (
         isinstance(row, list)
         and len(row) == count
-        and all(type(x) in (int, float) and math.isfinite(x) for x in row)
+        and all(type(x) in (int, float) and abs(x) <= _MOST for x in row)  # False for nan
     )
 
 
@@ -89,19 +96,19 @@ def _one_box(value):
 
 
 def _pose_box(value):
-    return None if _is_numbers(value, 9) else "nine finite numbers"
+    return None if _is_numbers(value, 9) else f"nine finite numbers, none beyond {_MOST:g}"
 
 
 def _mask(value):
     try:
-        decode_mask(value if isinstance(value, dict) else {})
+        check_mask(value if isinstance(value, dict) else {})
     except ValueError as error:
         return str(error)
-    return None
+    return None if any(value["counts"][1::2]) else "a mask that marks something"
 
 
 def _colour(value):
-    return None if value in COLOURS else f"one of {list(COLOURS)}"
+    return None if isinstance(value, str) and value in COLOURS else f"one of {list(COLOURS)}"
 
 
 # Numbers -> answers
@@ -146,12 +153,16 @@ def _write_boxes(record, fits):
     return _dump(found[0] if len(found) == 1 else found)
 
 
+def _hundredths(numbers):
+    return [round(float(x), 2) + 0.0 for x in numbers]  # + 0.0: no minus before a zero
+
+
 def _write_pose_box(record, fits):
-    return _dump({"bbox_3d": [round(float(x), 2) for x in record["bbox_3d"]]})
+    return _dump({"bbox_3d": _hundredths(record["bbox_3d"])})
 
 
 def _write_points_3d(record, fits):
-    return _dump([[round(float(x), 2) for x in point] for point in record["points_3d"]])
+    return _dump([_hundredths(point) for point in record["points_3d"]])
 
 
 def _write_text(record, fits):
@@ -159,41 +170,45 @@ def _write_text(record, fits):
         return record["answer"]
     if record["answer"] not in record["options"]:
         raise ValueError(f"answer {record['answer']!r} is none of the options")
-    return chr(ord("A") + record["options"].index(record["answer"]))
+    return LETTERS[record["options"].index(record["answer"])]
 
 
 # Answers -> numbers
 
-_NUMBER = r"-?\d+(?:\.\d+)?"
-_PAIR = re.compile(rf"[(\[]\s*({_NUMBER})\s*,\s*({_NUMBER})\s*[)\]]")
-_POINT_TAG = re.compile(rf'<points?\s+x1?="({_NUMBER})"\s+y1?="({_NUMBER})"')
-_FOUR = re.compile(rf"[(\[]\s*({_NUMBER}(?:\s*,\s*{_NUMBER}){{3}})\s*[)\]]")
-_NINE = re.compile(rf"[(\[]\s*({_NUMBER}(?:\s*,\s*{_NUMBER}){{8}})\s*[)\]]")
-_THREE = re.compile(rf"[(\[]\s*({_NUMBER}(?:\s*,\s*{_NUMBER}){{2}})\s*[)\]]")
-_SAID = re.compile(r"[Aa]nswer\s*(?:is)?\s*:?\s*\(?([A-Z])\b")
-_LETTER = re.compile(r"(?<![A-Za-z'])\(?([A-F])\)?(?![A-Za-z'])")
+# The patterns never leave open how to divide a run of characters among their parts: the time to
+# search a text grows with its length, whatever a model writes.
+_NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_LIST = rf"[(\[]\s*({_NUMBER}(?:\s*,\s*{_NUMBER})*)\s*[)\]]"
+_TAG = re.compile(rf"""\bx[0-9]*=["']({_NUMBER})["']\s+y[0-9]*=["']({_NUMBER})["']""")
+_ALONE = r"(?![\w'\u2019]|-\w)"  # no word goes on after the letter
+_SAID = re.compile(rf"(?i:\banswer(?:\s{{1,3}}is)?)[^\w.]{{0,8}}([{LETTERS}]){_ALONE}")
+_LETTER = re.compile(rf"(?<![\w'\u2019-])([{LETTERS}]){_ALONE}")
 
 
-def _split(match):
-    return [float(x) for x in match.group(1).split(",")]
+def _lists(text, count, key=None):
+    """Bracketed lists of so many numbers; only those that follow the key, if it has any."""
+    keyed = re.findall(rf"""["']{key}["']\s*:\s*{_LIST}""", text) if key else []
+    found = [[float(x) for x in inner.split(",")] for inner in keyed or re.findall(_LIST, text)]
+    return [row for row in found if _is_numbers(row, count)]
 
 
 def _read_points(text):
-    points = [[float(x), float(y)] for x, y in _PAIR.findall(text) + _POINT_TAG.findall(text)]
-    return points or None
+    tags = _TAG.findall(text) if "<point" in text else []
+    points = [[float(x), float(y)] for x, y in tags]
+    return _lists(text, 2, "point_2d") or [row for row in points if _is_numbers(row, 2)] or None
 
 
 def _read_boxes(text):
-    return [_split(match) for match in _FOUR.finditer(text)] or None
+    boxes = _lists(text, 4, "bbox_2d")
+    return [[x1, y1, x2, y2] for x1, y1, x2, y2 in boxes if x1 <= x2 and y1 <= y2] or None
 
 
 def _read_pose_box(text):
-    found = _NINE.search(text)
-    return _split(found) if found else None
+    return next(iter(_lists(text, 9, "bbox_3d")), None)
 
 
 def _read_points_3d(text):
-    return [_split(match) for match in _THREE.finditer(text)] or None
+    return _lists(text, 3) or None
 
 
 def _read_text(text):
@@ -342,7 +357,7 @@ def make_sample(
         marked = mask, record.get("color", drawn)
     prompt = prompt.format(**record, colour=marked[1] if marked else "")
     if "options" in record:
-        lines = [f"{chr(ord('A') + i)}. {text}" for i, text in enumerate(record["options"])]
+        lines = [f"{LETTERS[i]}. {text}" for i, text in enumerate(record["options"])]
         prompt += "\n" + "\n".join(lines) + "\nAnswer with the letter."
     try:
         return VisionLanguageSample(prompt, kind.write(record, fits), marked)
@@ -388,7 +403,7 @@ def parse_answer(
 def _original(row, fit, coordinates):
     sx, sy, dx, dy = fit.affine
     if coordinates != "abs_resized":
-        whole = 1.0 if coordinates == "norm1" else 1000.0
+        whole = {"norm1": 1.0, "norm1000": 1000.0}[coordinates]
         sx, sy, dx, dy = whole / fit.width, whole / fit.height, 0.0, 0.0
     return [(x - (dy if i % 2 else dx)) / (sy if i % 2 else sx) for i, x in enumerate(row)]
 
@@ -494,7 +509,7 @@ def _checked(line: bytes, where: str) -> Record:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=no_twice)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a JSON object: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+    if not isinstance(record, dict) or _text(record.get("id")):
         raise DataError(f"{where}: expected an object with a text 'id'")
     where = f"{where}, id {record['id']!r}"
     kind = record.get("type")
@@ -511,11 +526,13 @@ def _checked(line: bytes, where: str) -> Record:
     if not isinstance(images, list) or not least <= len(images) <= most:
         raise DataError(f"{where}: expected {least} to {most} images")
     for image in images:
-        path = pathlib.PurePosixPath(image) if isinstance(image, str) and image else None
+        path = None if _text(image) or "\0" in image else pathlib.PurePosixPath(image)
         if path is None or path.is_absolute() or ".." in path.parts:
             raise DataError(f"{where}: image {image!r}: expected a path below the pool's folder")
     for field, check in {**task.fields, **task.optional}.items():
         wrong = check(record[field]) if field in record else None
         if wrong:
             raise DataError(f"{where}: field {field!r}: expected {wrong}")
+    if "options" in record and record["answer"] not in record["options"]:
+        raise DataError(f"{where}: field 'answer': expected one of the options")
     return record

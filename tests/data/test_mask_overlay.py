@@ -18,6 +18,16 @@ def test_marked_pixels_are_half_colour_and_the_rest_is_grey():
     ]
 
 
+def test_every_half_is_rounded_up():
+    levels = np.arange(256, dtype=np.uint8)
+    image = np.repeat(levels[None, :, None], 3, axis=2)
+    for name, colour in COLOURS.items():
+        marked = overlay(image, np.ones((1, 256), bool), name)
+        wanted = (levels[:, None].astype(int) + colour + 1) // 2
+        np.testing.assert_array_equal(marked[0], wanted)
+    np.testing.assert_array_equal(overlay(image, np.zeros((1, 256), bool), "red"), image)
+
+
 def test_eight_colours_and_no_others():
     assert len(set(COLOURS.values())) == 8
     image = np.zeros((2, 2, 3), np.uint8)

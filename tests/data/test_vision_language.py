@@ -2,6 +2,7 @@ import json
 import pathlib
 import pickle
 import re
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +17,14 @@ from gear_jax.data.vision_language import TYPES, Pool, keep_record, make_sample,
 DOC = pathlib.Path(__file__).parents[2] / "docs" / "vision_language.md"
 BLOCK = re.compile(r"```json\n(.*?)\n```\n\n```text\n(.*?)\n---\n(.*?)\n```", re.DOTALL)
 EXAMPLES = BLOCK.findall(DOC.read_text())
+MASKED = {
+    "id": "m", "type": "mask_track", "images": ["a", "b"], "boxes": [[1, 1, 2, 2]],
+    "mask": {"size": [2, 2], "counts": [2, 2]},
+}  # fmt: skip
+CHOICE = {
+    "id": "q", "type": "general_vqa", "images": ["a"], "question": "?", "answer": "b",
+    "options": ["a", "b"],
+}  # fmt: skip
 POINT = {"id": "p", "type": "object_point", "images": ["a.jpg"], "label": "mug", "points": [[1, 2]]}
 
 
@@ -67,6 +76,17 @@ def test_pixels_come_back_within_half_a_model_pixel(height, width, corners, mode
     sx, sy, _, _ = fit.affine
     error = np.abs(np.array(said[0]) - box) * [sx, sy, sx, sy]
     assert error.max() <= 0.5 + 1e-6
+    record = {
+        "id": "p",
+        "type": "object_point",
+        "images": ["a"],
+        "label": "mug",
+        "points": [box[:2]],
+    }
+    said = parse_answer("object_point", make_sample(record, [fit], _rng()).answer, [fit])
+    _, _, rows, columns = fit.box
+    wanted = np.minimum(np.multiply(box[:2], [sx, sy]), [columns - 1, rows - 1])  # a pixel in it
+    assert np.abs(np.multiply(said[0], [sx, sy]) - wanted).max() <= 0.5 + 1e-6
 
 
 @settings(max_examples=300, deadline=None)
@@ -98,12 +118,44 @@ def test_no_broken_answer_makes_the_parser_raise(example, cut, noise, at):
         ("The mug is at [(20, 40), (30.5, 60)].", [[10, 20], [15.25, 30]]),
         ("{'point_2d': [20, 40], 'label': 'mug'}", [[10, 20]]),
         ('<point x="20" y="40">mug</point>', [[10, 20]]),
+        ("<point x='20' y='40'>mug</point>", [[10, 20]]),
+        ('<points x1="20" y1="40" x2="60" y2="80">mugs</points>', [[10, 20], [30, 40]]),
+        ("[(2e1, +40.), (.5, 6)]", [[10, 20], [0.25, 3]]),
+        ('It is (3, 4) cm wide: [{"point_2d": [20, 40]}]', [[10, 20]]),
+        ("[(" + "9" * 400 + ", 40)]", None),
+        ("[(1e999, 40)]", None),
         ("I cannot see a mug.", None),
         ("", None),
     ],
 )
 def test_points_are_found_in_many_forms(text, points):
     assert parse_answer("object_point", text, [Fit(100, 100, 200)]) == points
+
+
+def test_numbers_in_a_label_are_no_box_and_turned_corners_neither():
+    fit = [Fit(100, 100, 200)]
+    label = {"label": "cup [1, 2, 3, 4]", "boxes": [[10, 20, 30, 40]]}
+    record = {"id": "b", "type": "ground2d", "images": ["a"], **label}
+    answer = make_sample(record, fit, _rng()).answer
+    assert parse_answer("ground2d", answer, fit) == [[10, 20, 30, 40]]
+    assert parse_answer("ground2d", "[60, 80, 20, 40]", fit) is None
+
+
+@pytest.mark.parametrize("kind", ["general_vqa", "object_point", "ground2d", "traj3d", "ground3d"])
+@pytest.mark.parametrize(
+    "part", [" ", "[", "[ ", "1", "[1, ", "answer ", "<point x", "'bbox_2d': "]
+)
+def test_reading_takes_no_longer_than_the_text_is_long(kind, part):
+    begin = time.perf_counter()
+    for text in ("answer" + part * 5_000 + "?", "<point [1" + part * 5_000 + "?"):
+        parse_answer(kind, text, [Fit(9, 9, 9)], options=kind == "general_vqa")
+    assert time.perf_counter() - begin < 2
+
+
+def test_small_negative_numbers_become_a_zero_without_a_minus():
+    record = {"id": "t", "type": "traj3d", "images": ["a"], "instruction": "go",
+              "points_3d": [[-0.001, 0, 1.005]]}  # fmt: skip
+    assert make_sample(record, [Fit(9, 9, 9)], _rng()).answer == "[[0.0, 0.0, 1.0]]"
 
 
 def test_other_coordinates_are_a_choice_and_never_guessed():
@@ -124,6 +176,13 @@ def test_other_coordinates_are_a_choice_and_never_guessed():
         ("B", "B"),
         ("Because", None),
         ("F.", "F"),
+        ("ANSWER: B", "B"),
+        ("A is wrong. Answer: **C**", "C"),
+        ("Answer: I think it is B", "B"),
+        ("the A4 paper, not vitamin B12", None),
+        ("Bär", None),
+        ("D\u2019accord", None),
+        ("an A-frame", None),
     ],
 )
 def test_letters_are_never_taken_out_of_words(text, letter):
@@ -168,6 +227,16 @@ def test_a_mask_without_a_colour_gets_one_by_the_generator():
         (POINT | {"points": [[1, float("nan")]]}, "field 'points': expected one to 10000 lists"),
         (POINT | {"points": [[1, 2]] * 10_001}, "field 'points'"),
         (POINT | {"points": [[1, True]]}, "field 'points'"),
+        (POINT | {"points": [[1, 10**400]]}, "field 'points'"),
+        (POINT | {"label": "\ud800"}, "a text that UTF-8 can hold"),
+        (POINT | {"id": "\ud800"}, "a text 'id'"),
+        (POINT | {"images": ["a\0b"]}, "expected a path below"),
+        (CHOICE | {"answer": "c"}, "field 'answer': expected one of the options"),
+        (CHOICE | {"options": ["b", "b"]}, "two to 6 different texts"),
+        (CHOICE | {"options": list("abcdefg")}, "two to 6 different texts"),
+        (MASKED | {"color": ["red"]}, "field 'color': expected one of"),
+        (MASKED | {"mask": {"size": [2, 2], "counts": [4]}}, "a mask that marks something"),
+        (MASKED | {"mask": {"size": [10**9] * 2, "counts": [10**18]}}, "more than 50000000"),
         (POINT | {"label": " "}, "field 'label': expected a text that is not empty"),
         (POINT | {"label": "x" * 40_000}, "up to 32768 characters"),
         (POINT | {"images": []}, "expected 1 to 1 images"),
@@ -181,11 +250,7 @@ def test_a_mask_without_a_colour_gets_one_by_the_generator():
             {"id": "b", "type": "ground2d", "images": ["a"], "label": "x", "boxes": [[5, 5, 5, 9]]},
             "x1 < x2",
         ),
-        (
-            {"id": "m", "type": "mask_track", "images": ["a", "b"], "boxes": [[1, 1, 2, 2]],
-             "mask": {"size": [2, 2], "counts": [3]}},
-            "runs fill 3 pixels, expected 4",
-        ),
+        (MASKED | {"mask": {"size": [2, 2], "counts": [3]}}, "runs fill 3 pixels, expected 4"),
     ],
 )  # fmt: skip
 def test_a_bad_record_is_named_by_file_and_line(tmp_path, record, sentence):
@@ -203,10 +268,8 @@ def test_points_outside_the_image_and_answers_that_are_no_option_are_refused():
         DataError, match="record 'p': points has \\[1, 2\\], outside the image of 9 x 1"
     ):
         make_sample(POINT, [Fit(1, 9, 28)], _rng())
-    record = {"id": "q", "type": "general_vqa", "images": ["a"], "question": "?", "answer": "c",
-              "options": ["a", "b"]}  # fmt: skip
     with pytest.raises(DataError, match="answer 'c' is none of the options"):
-        make_sample(record, [Fit(9, 9, 28)], _rng())
+        make_sample(CHOICE | {"answer": "c"}, [Fit(9, 9, 28)], _rng())
 
 
 def test_a_pool_picks_types_and_a_fixed_subset_and_survives_pickling(tmp_path):
