@@ -27,9 +27,9 @@ from gear_jax.data.catalog import DatasetConfig, Format, open_prepared, open_sou
 from gear_jax.data.measure import Measured, measure
 from gear_jax.data.mixtures import Phase
 from gear_jax.data.pipeline import Stream, StreamConfig
+from gear_jax.data.record_pool import Pool
 from gear_jax.data.statistics import check, report
 from gear_jax.data.tfrecord import DataError
-from gear_jax.data.vision_language import Pool
 from gear_jax.types import ActionSpec
 
 

@@ -30,10 +30,11 @@ from gear_jax.data.images import AugmentConfig, BadImageError
 from gear_jax.data.mask_overlay import overlay
 from gear_jax.data.mixtures import Phase, Schedule
 from gear_jax.data.prepared import Prepared
+from gear_jax.data.record_pool import Pool
 from gear_jax.data.shared_buffers import Buffers, Handle, Reader
 from gear_jax.data.statistics import Statistics
 from gear_jax.data.tfrecord import DataError
-from gear_jax.data.vision_language import Pool, make_sample
+from gear_jax.data.vision_language import make_sample
 from gear_jax.data.windows import MIRRORED_VIEWS, clip_steps, empty_state, make_chunks, mirror_rows
 from gear_jax.types import MAX_JOINTS, VIEWS, ActionSpec, Episode
 

@@ -1,18 +1,15 @@
 """Vision-language records -> prompts and answers, and a model's answers -> numbers.
 
-GEAR-VLA's pretraining has eleven types of them (Table 4). A pool is a JSONL file, one record a
-line, images beside it; coordinates are pixels of the original image. What is written and read is
+GEAR-VLA's pretraining has eleven types of them (Table 4); record_pool.py reads them from files.
+Coordinates of a record are pixels of the original image. What is written and read is
 Qwen2.5-VL's native form: JSON with absolute pixels of the image as the model sees it (systems.md
 2.10). docs/vision_language.md shows one of each.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
-import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -51,7 +48,8 @@ class VisionLanguageSample:
 # Fields of records: what each must be
 
 
-def _text(value):
+def text_fault(value):
+    """What is wrong with a text, in words, or None."""
     if not isinstance(value, str) or not value.strip():
         return "a text that is not empty"
     if _HALF_PAIR.search(value):
@@ -61,7 +59,7 @@ def _text(value):
 
 def _options(value):
     fine = isinstance(value, list) and 2 <= len(value) <= len(LETTERS)
-    if not fine or any(map(_text, value)) or len(set(value)) < len(value):
+    if not fine or any(map(text_fault, value)) or len(set(value)) < len(value):
         return f"a list of two to {len(LETTERS)} different texts"
     return None
 
@@ -240,7 +238,7 @@ class TaskType:
 
 _QA = TaskType(
     ("{question}",),
-    {"question": _text, "answer": _text},
+    {"question": text_fault, "answer": text_fault},
     _write_text,
     _read_text,
     optional={"options": _options},
@@ -256,7 +254,7 @@ TYPES: dict[str, TaskType] = {
             "up to 10 points in JSON.",
             "Where does the gripper move to do this: {instruction} List up to 10 points in JSON.",
         ),
-        {"instruction": _text, "points": _numbers(2)},
+        {"instruction": text_fault, "points": _numbers(2)},
         _write_points,
         _read_points,
         2,
@@ -266,7 +264,7 @@ TYPES: dict[str, TaskType] = {
             "Give the 3D path of the end effector in the camera frame, in metres, to do this: "
             "{instruction}",
         ),
-        {"instruction": _text, "points_3d": _numbers(3)},
+        {"instruction": text_fault, "points_3d": _numbers(3)},
         _write_points_3d,
         _read_points_3d,
     ),
@@ -275,7 +273,7 @@ TYPES: dict[str, TaskType] = {
             "Locate every {label} in the image. Answer with boxes in JSON.",
             "Detect each {label} and answer with bounding boxes in JSON.",
         ),
-        {"label": _text, "boxes": _boxes},
+        {"label": text_fault, "boxes": _boxes},
         _write_boxes,
         _read_boxes,
         4,
@@ -285,27 +283,27 @@ TYPES: dict[str, TaskType] = {
             "Give the 3D bounding box of the {label} in the camera frame: centre, size and "
             "roll, pitch, yaw in metres and radians, in JSON.",
         ),
-        {"label": _text, "bbox_3d": _pose_box},
+        {"label": text_fault, "bbox_3d": _pose_box},
         _write_pose_box,
         _read_pose_box,
     ),
     "space_point": TaskType(
         ("{question} Answer with points in JSON.",),
-        {"question": _text, "points": _numbers(2)},
+        {"question": text_fault, "points": _numbers(2)},
         _write_points,
         _read_points,
         2,
     ),
     "object_point": TaskType(
         ("Point to the {label}. Answer in JSON.", "Where is the {label}? Answer with points."),
-        {"label": _text, "points": _numbers(2)},
+        {"label": text_fault, "points": _numbers(2)},
         _write_points,
         _read_points,
         2,
     ),
     "affordance": TaskType(
         ("Where should the gripper act to do this: {instruction} Answer with a box in JSON.",),
-        {"instruction": _text, "boxes": _one_box},
+        {"instruction": text_fault, "boxes": _one_box},
         _write_boxes,
         _read_boxes,
         4,
@@ -406,133 +404,3 @@ def _original(row, fit, coordinates):
         whole = {"norm1": 1.0, "norm1000": 1000.0}[coordinates]
         sx, sy, dx, dy = whole / fit.width, whole / fit.height, 0.0, 0.0
     return [(x - (dy if i % 2 else dx)) / (sy if i % 2 else sx) for i, x in enumerate(row)]
-
-
-def keep_record(record_id: str, percent: int) -> bool:
-    """Whether a record is in the fixed subset of so many percent (systems.md 2.9).
-
-    By the first eight bytes of BLAKE2b, since the standard library has no xxHash.
-    """
-    digest = hashlib.blake2b(record_id.encode()).digest()
-    return int.from_bytes(digest[:8], "little") % 100 < percent
-
-
-class Pool:
-    """Records of a JSONL file, or of all in a folder; read by number, checked when read."""
-
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        *,
-        types: Sequence[str] | None = None,
-        keep_percent: int = 100,
-    ):
-        """Find the lines.
-
-        Args:
-            path: a .jsonl file, or a folder of them; images lie relative to it.
-            types: take only records of these; all by default.
-            keep_percent: take a fixed subset; see `keep_record`.
-
-        Raises:
-            DataError: no such file, no records, or, where records are picked, a bad one.
-        """
-        path = pathlib.Path(path)
-        self.root = path if path.is_dir() else path.parent
-        self.files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        if not self.files or not all(file.is_file() for file in self.files):
-            raise DataError(f"{path}: expected a .jsonl file, or a folder of them")
-        places, digest = [], hashlib.sha256(json.dumps([types, keep_percent]).encode())
-        for number, file in enumerate(self.files):
-            offset = 0
-            with file.open("rb") as lines:
-                for line_number, line in enumerate(lines, 1):
-                    digest.update(line)
-                    if line.strip():
-                        places.append((number, line_number, offset, len(line)))
-                    offset += len(line)
-        self._places = np.array(places, np.int64).reshape(-1, 4)
-        if types is not None or keep_percent < 100:
-            kept = [
-                (types is None or record["type"] in types)
-                and keep_record(record["id"], keep_percent)
-                for record in map(self.record, range(len(self._places)))
-            ]
-            self._places = self._places[np.array(kept, bool)]
-        if not len(self._places):
-            raise DataError(f"{path}: has no records" + (f" of {list(types)}" if types else ""))
-        self.digest = digest.hexdigest()
-
-    def __len__(self) -> int:
-        """Number of records."""
-        return len(self._places)
-
-    def where(self, number: int) -> str:
-        """File and line of a record, for messages."""
-        file, line, _, _ = self._places[number].tolist()
-        return f"{self.files[file].name}, line {line}"
-
-    def record(self, number: int) -> Record:
-        """One record.
-
-        Raises:
-            DataError: it is not what its type needs; names file, line, id and field.
-        """
-        file, _, offset, length = self._places[number].tolist()
-        with self.files[file].open("rb") as lines:
-            lines.seek(offset)
-            return _checked(lines.read(length), self.where(number))
-
-    def image_paths(self, record: Record) -> list[pathlib.Path]:
-        """Where its images lie."""
-        return [self.root / image for image in record["images"]]
-
-    def check(self) -> Iterator[str]:
-        """A sentence for every bad record, and every image that is not there."""
-        for number in range(len(self)):
-            try:
-                for path in self.image_paths(self.record(number)):
-                    if not path.is_file():
-                        yield f"{self.where(number)}: image {path} is not there"
-            except DataError as error:
-                yield str(error)
-
-
-def _checked(line: bytes, where: str) -> Record:
-    def no_twice(pairs):
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"keys {keys} stand twice")
-        return dict(pairs)
-
-    try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=no_twice)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not a JSON object: {error}") from error
-    if not isinstance(record, dict) or _text(record.get("id")):
-        raise DataError(f"{where}: expected an object with a text 'id'")
-    where = f"{where}, id {record['id']!r}"
-    kind = record.get("type")
-    if not isinstance(kind, str) or kind not in TYPES:
-        raise DataError(f"{where}: type {kind!r}: expected one of {list(TYPES)}")
-    task = TYPES[kind]
-    known = {"id", "type", "images", *task.fields, *task.optional}
-    for field in sorted(known - set(record) - set(task.optional)):
-        raise DataError(f"{where}: field {field!r} is missing")
-    for field in sorted(set(record) - known):
-        raise DataError(f"{where}: field {field!r} is not one of {kind}'s: {sorted(known)}")
-    least, most = task.images
-    images = record["images"]
-    if not isinstance(images, list) or not least <= len(images) <= most:
-        raise DataError(f"{where}: expected {least} to {most} images")
-    for image in images:
-        path = None if _text(image) or "\0" in image else pathlib.PurePosixPath(image)
-        if path is None or path.is_absolute() or ".." in path.parts:
-            raise DataError(f"{where}: image {image!r}: expected a path below the pool's folder")
-    for field, check in {**task.fields, **task.optional}.items():
-        wrong = check(record[field]) if field in record else None
-        if wrong:
-            raise DataError(f"{where}: field {field!r}: expected {wrong}")
-    if "options" in record and record["answer"] not in record["options"]:
-        raise DataError(f"{where}: field 'answer': expected one of the options")
-    return record

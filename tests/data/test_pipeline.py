@@ -11,10 +11,10 @@ from gear_jax.data.images import Fit
 from gear_jax.data.measure import Measured, measure
 from gear_jax.data.mixtures import Phase
 from gear_jax.data.pipeline import Normalizer, Stream, StreamConfig
+from gear_jax.data.record_pool import Pool
 from gear_jax.data.rlds_writer import Column, RldsWriter
 from gear_jax.data.statistics import denormalize_action, normalize_state
 from gear_jax.data.tfrecord import DataError
-from gear_jax.data.vision_language import Pool
 from gear_jax.data.windows import make_window, mirror_single_arm
 from gear_jax.types import ActionSpec
 from tests.data.sources.test_video import write_video

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from gear_jax.data.images import Fit
 from gear_jax.data.mask_overlay import encode_mask
+from gear_jax.data.record_pool import Pool, keep_record
 from gear_jax.data.tfrecord import DataError
-from gear_jax.data.vision_language import TYPES, Pool, keep_record, make_sample, parse_answer
+from gear_jax.data.vision_language import TYPES, make_sample, parse_answer
 
 DOC = pathlib.Path(__file__).parents[2] / "docs" / "vision_language.md"
 BLOCK = re.compile(r"```json\n(.*?)\n```\n\n```text\n(.*?)\n---\n(.*?)\n```", re.DOTALL)
