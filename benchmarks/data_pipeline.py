@@ -79,6 +79,7 @@ def make(folder, episodes):
     }
     rng = np.random.default_rng(0)
     pool = [picture(rng) for _ in range(60)]
+    print(f"{episodes} episodes, JPEGs of {np.mean([len(one) for one in pool]) / 1e3:.1f} kB")
     with RldsWriter(folder, f"toy_{episodes}", columns) as writer:
         for _ in range(episodes):
             path = np.cumsum(0.005 * rng.standard_normal((STEPS, 3)), axis=0)
@@ -130,10 +131,10 @@ def make(folder, episodes):
 
 def picture(rng):
     """A JPEG of about 19 kB, as of a real camera: soft shapes and a little grain."""
-    coarse = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    coarse = rng.integers(0, 256, (6, 6, 3), np.uint8)
     image = cv2.resize(coarse, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC).astype(np.float32)
-    image += 3.5 * rng.standard_normal((SIDE, SIDE, 1)).astype(np.float32)
-    return simplejpeg.encode_jpeg(image.clip(0, 255).astype(np.uint8), 90)
+    image += 0.7 * rng.standard_normal((SIDE, SIDE, 1)).astype(np.float32)
+    return simplejpeg.encode_jpeg(image.clip(0, 255).astype(np.uint8), 95)
 
 
 def stream(prepared, size, workers, augment, seed=0):
