@@ -22,11 +22,12 @@ from gear_jax.data.sources.base import Source
 from gear_jax.data.sources.hdf5 import Hdf5Source
 from gear_jax.data.sources.lerobot import LeRobotSource
 from gear_jax.data.sources.rlds import ArrayRecordSource, RldsSource
+from gear_jax.data.sources.shapes import ShapesSource
 from gear_jax.data.sources.video_folder import VideoFolderSource
 from gear_jax.data.standard_rows import ROWS
 from gear_jax.data.tfrecord import DataError
 
-Format = Literal["rlds", "array_record", "lerobot", "hdf5", "video"]
+Format = Literal["rlds", "array_record", "lerobot", "hdf5", "video", "shapes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class DatasetConfig:
         format: None: told by its metadata files.
         split: of RLDS.
         layout: of HDF5; a key of `sources.hdf5.LAYOUTS`.
+        drawing: fields of `ShapesSource`, for "shapes"; its path is only a name.
         options: of the row.
         kinematics: {arm: fields of `Kinematics`} of a robot that records joints only.
         budget: greatest fraction of episodes that may be dropped for damage.
@@ -51,6 +53,7 @@ class DatasetConfig:
     format: Format | None = None
     split: str = "train"
     layout: str | None = None
+    drawing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kinematics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     budget: float = 0.01
@@ -76,6 +79,8 @@ def open_source(config: DatasetConfig, *, num_workers: int = 1) -> Source:
         return LeRobotSource(config.path)
     if kind == "video":
         return VideoFolderSource(config.path)
+    if kind == "shapes":
+        return ShapesSource(**config.drawing)
     if config.layout is None:
         raise DataError(f"{config.path}: HDF5 needs a layout")
     return Hdf5Source(config.path, config.layout)

@@ -27,6 +27,7 @@ from gear_jax.data import statistics as statistics_lib
 from gear_jax.data.embodiments import EMBODIMENTS, embodiment_id
 from gear_jax.data.faults import FaultError, FaultLog
 from gear_jax.data.images import AugmentConfig, BadImageError
+from gear_jax.data.latent_ids import LatentIds
 from gear_jax.data.mask_overlay import overlay
 from gear_jax.data.mixtures import Phase, Schedule
 from gear_jax.data.prepared import Prepared
@@ -57,6 +58,7 @@ class StreamConfig:
         bad_images: greatest fraction of images that may be unusable.
         content: "examples" of all views and the chunk, or "clips" of the head view for the latent
             action tokenizer.
+        clip_frames: of a clip, at 5 Hz.
     """
 
     batch_size: int
@@ -68,6 +70,7 @@ class StreamConfig:
     seed: int = 42
     bad_images: float = 0.001
     content: Literal["examples", "clips"] = "examples"
+    clip_frames: int = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Stream(Iterator):
     embodiment_id int32[b]; action float32[b, A, a] and action_mask; instruction and answer, lists
     of b texts, the answer being "" for robots and video; source int32[b], the data set; sample
     int64[b]. Without a normalizer, action and state (a `types.State`) are in physical units.
-    Clips: images uint8[b, 6, S, S, 3]; clip_mask bool[b, 5]; source; sample.
+    Clips of F frames: images uint8[b, F, S, S, 3]; clip_mask bool[b, F - 1]; source; sample.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Stream(Iterator):
         num_hosts: int = 1,
         num_workers: int = 0,
         spec: ActionSpec | None = None,
+        latents: Mapping[str, LatentIds] | None = None,
     ):
         """Lay out the stream; workers start at the first batch.
 
@@ -125,6 +129,7 @@ class Stream(Iterator):
             num_hosts: that read the stream together; divides the batch size.
             num_workers: processes; 0 reads in this one.
             spec: of the chunk where there is no normalizer.
+            latents: {name: latent action ids} of the sets that have them.
 
         Raises:
             DataError: `state` is of another stream; says what changed.
@@ -140,11 +145,17 @@ class Stream(Iterator):
             raise ValueError(f"data sets without a sample: {empty}")
         self.config, self.num_hosts = config, num_hosts
         spec = normalizer.spec if normalizer else spec or ActionSpec()
+        latents = latents or {}
+        if odd := set(latents) - set(sets):
+            raise ValueError(f"latent ids of {sorted(odd)}: expected some of {list(sets)}")
+        if len({(one.spec.shape, one.digest) for one in latents.values()}) > 1:
+            raise DataError(f"latent ids of {list(latents)} are not all of one tokenizer")
         self._parts = _parts(sets, phases, config, normalizer, spec)
+        self._parts |= {f"latent ids of {name!r}": one.digest for name, one in latents.items()}
         self._samples = self._begin(state)
         self.log, self._reader = FaultLog(), Reader()
         load = _Load(sets, Schedule(list(sets), phases, config.num_samples), config, normalizer,
-                     spec, config.batch_size // num_hosts, self._samples)  # fmt: skip
+                     spec, config.batch_size // num_hosts, self._samples, latents)  # fmt: skip
         batches = grain.MapDataset.range(sys.maxsize // 2)[host::num_hosts].map(load)
         if num_workers:
             absl.flags.FLAGS.mark_as_parsed()  # or Grain's workers refuse to start
@@ -237,10 +248,11 @@ def _die_with_parent(worker: int, count: int) -> None:
 class _Load(grain.transforms.Map):
     """Batch number -> batch. Runs in worker processes."""
 
-    def __init__(self, sets, schedule, config, normalizer, spec, rows, first):
+    def __init__(self, sets, schedule, config, normalizer, spec, rows, first, latents):
         self.sets, self.schedule, self.config = list(sets.values()), schedule, config
         self.normalizer, self.spec, self.rows, self.first = normalizer, spec, rows, first
         self.names, self.buffers = list(sets), Buffers()
+        self.latents = [latents.get(name) for name in sets]
         self.orders = [
             grain.MapDataset.range(_size(one)).seed(_seed(config.seed, name)).shuffle().repeat()
             for name, one in sets.items()
@@ -272,6 +284,11 @@ class _Load(grain.transforms.Map):
         shape = (rows, self.spec.chunk_len, self.spec.action_dim)
         action, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
         state = empty_state((rows,))
+        with_ids = next((one for one in self.latents if one is not None), None)
+        if with_ids is not None:
+            transitions, codes = with_ids.spec.shape
+            batch["latent_ids"] = np.zeros((rows, transitions, codes), np.int32)
+            batch["latent_mask"] = np.zeros((rows, transitions), bool)
         windows = []  # row, episode, step
         for row, (source, index) in enumerate(zip(batch["source"], chosen, strict=True)):
             one = self.sets[source]
@@ -280,6 +297,9 @@ class _Load(grain.transforms.Map):
                 continue
             number, step = one.locate(index)
             windows.append((row, one.episode(number), step))
+            if (ids := self.latents[source]) is not None:
+                found = ids.read(one.row_of(number, step))
+                batch["latent_ids"][row], batch["latent_mask"][row] = found
         if windows:
             which = [row for row, _, _ in windows]
             made = make_chunks([e for _, e, _ in windows], [s for _, _, s in windows], self.spec)
@@ -381,9 +401,9 @@ class _Load(grain.transforms.Map):
     # Clips
 
     def _clips(self, batch, chosen):
-        size = self.config.image_size
-        batch["images"] = self.buffers.images((self.rows, 6, size, size, 3))
-        batch["clip_mask"] = np.zeros((self.rows, 5), bool)
+        size, frames = self.config.image_size, self.config.clip_frames
+        batch["images"] = self.buffers.images((self.rows, frames, size, size, 3))
+        batch["clip_mask"] = np.zeros((self.rows, frames - 1), bool)
         for row, (source, index) in enumerate(zip(batch["source"], chosen, strict=True)):
             one = self.sets[source]
             if not isinstance(one, Prepared):
@@ -393,7 +413,7 @@ class _Load(grain.transforms.Map):
             batch["images"][row] = 0
             if "head" not in episode.views:
                 continue
-            steps, inside = clip_steps(episode.num_steps, episode.fps, step)
+            steps, inside = clip_steps(episode.num_steps, episode.fps, step, num_frames=frames)
             batch["clip_mask"][row] = inside
             for place, shown in enumerate(steps):
                 batch["num_images"] += 1

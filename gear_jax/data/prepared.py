@@ -13,6 +13,7 @@ On disk (whole or not at all):
 """
 
 import concurrent.futures
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +22,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -222,7 +223,9 @@ class Prepared:
         self.num_episodes, self.num_steps = manifest["episodes"], manifest["steps"]
         self.faults = FaultLog.from_json(manifest["faults"])
         self.digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        self.whole_digest = self.digest  # of the data set that a part was taken from
         self._shape = (self.num_steps, len(self.row.arms), _WIDTH)
+        self._chosen: np.ndarray | None = None
         expected = 4 * int(np.prod(self._shape))
         if (self.directory / "tracks.bin").stat().st_size != expected:
             raise DataError(f"{self.directory}/tracks.bin: expected {expected} bytes")
@@ -238,7 +241,27 @@ class Prepared:
             else np.memmap(path, "<f4", "r", shape=self._shape).view(np.ndarray)
         )
         self._texts = np.memmap(self.directory / "texts.bin", np.uint8, "r").view(np.ndarray)
-        self._starts = self._table["start"]
+        if self._chosen is not None:
+            self._table = self._table[self._chosen]
+        ends = np.cumsum(self._table["steps"], dtype=np.uint64)
+        self._starts = np.concatenate([np.zeros(1, np.uint64), ends[:-1]])
+
+    def only(self, numbers: Sequence[int] | np.ndarray) -> "Prepared":
+        """The same data set with some of its episodes, renumbered from 0.
+
+        Raises:
+            ValueError: no episode.
+        """
+        if not len(numbers):
+            raise ValueError(f"{self.directory}: no episode is chosen")
+        part = copy.copy(self)
+        part._chosen = np.arange(len(self)) if self._chosen is None else self._chosen
+        part._chosen = part._chosen[np.asarray(numbers)]
+        part._open()
+        part.num_episodes, part.num_steps = len(numbers), int(part._table["steps"].sum())
+        text = f"{self.digest} {part._chosen.tolist()}"
+        part.digest = hashlib.sha256(text.encode()).hexdigest()
+        return part
 
     def __getstate__(self):
         opened = {"_table", "_tracks", "_texts", "_starts"}
@@ -262,6 +285,10 @@ class Prepared:
             raise IndexError(f"step {step}: {self.directory} has {self.num_steps}")
         episode = int(np.searchsorted(self._starts, np.uint64(step), side="right")) - 1
         return episode, step - int(self._starts[episode])
+
+    def row_of(self, number: int, step: int) -> int:
+        """A step's number in the whole data set, from which a part may have been taken."""
+        return int(self._table["start"][number]) + step
 
     def episode(self, number: int, *, images: bool = True) -> Episode:
         """One episode; tracks are slices of the mapped file, images are read on access."""
@@ -298,6 +325,31 @@ class Prepared:
             for bit, view in enumerate(VIEWS)
             if bits >> bit & 1
         }
+
+
+def hold_out(prepared: Prepared, fraction: float) -> tuple[Prepared, Prepared]:
+    """The data set without the episodes held out, and these; an episode's id alone decides.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    held = np.array(
+        [
+            _fraction(prepared.episode(number, images=False).episode_id) < fraction
+            for number in range(len(prepared))
+        ]
+    )
+    if held.all() or not held.any():
+        raise ValueError(
+            f"{prepared.directory}: holding out {fraction:g} of {len(prepared)} episodes leaves "
+            f"{np.count_nonzero(~held)} and {np.count_nonzero(held)}: expected some of both"
+        )
+    return prepared.only(np.flatnonzero(~held)), prepared.only(np.flatnonzero(held))
+
+
+def _fraction(text: str) -> float:
+    """A number in 0 .. 1 that depends on the text alone."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
 
 class _NoImages:

@@ -525,6 +525,11 @@ def video() -> Row:
     )
 
 
+def shapes() -> Row:
+    """Drawn clips of sources/shapes.py."""
+    return Row("shapes", "human", None, {}, {"head": ViewRow("video")}, (), truth="drawn")
+
+
 ROWS: dict[str, Callable[..., Row]] = {
     row.__name__: row
     for row in (
@@ -549,6 +554,7 @@ ROWS: dict[str, Callable[..., Row]] = {
         robomind_franka,
         robomind_tienkung,
         robomind_ur,
+        shapes,
         taco_play,
         video,
     )

@@ -5,9 +5,7 @@ mask, instruction, statistics, and what was dropped. `raw_page` shows a recordin
 yet. Both write one HTML file with everything inside. Needs the extra `report`.
 """
 
-import base64
 import html
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,21 +20,13 @@ from gear_jax.data.sources.base import Source
 from gear_jax.data.statistics import check, report
 from gear_jax.data.tfrecord import DataError
 from gear_jax.data.windows import make_chunks, target_poses
+from gear_jax.report import html_parts
 from gear_jax.types import ARMS, VIEWS, ActionSpec, Episode
 
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em} h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #ddd}
-table{border-collapse:collapse;margin:.6em 0} td,th{padding:.15em .8em .15em 0;text-align:left;
-vertical-align:top} th{font-weight:600;white-space:nowrap} pre{font-size:12px;line-height:1.35;
-overflow-x:auto;background:#f6f6f6;padding:.8em} img{max-width:100%} .strip img{height:112px;
-margin:1px} .strip td{padding:1px 4px 1px 0} .say{font-size:1.1em;font-style:italic}
-.bad{color:#a00} .note{color:#666}
-"""
 _COLOURS = ("#1f77b4", "#2ca02c", "#d62728")
 _LINES = {  # how each dim of an arm's action is drawn
     "position": [*zip("xyz", _COLOURS, strict=True)],
@@ -74,7 +64,7 @@ def prepared_page(
         "records looked at": f"{faults.seen}, of which {faults.dropped} dropped for damage",
         "digest": prepared.digest[:16],
     }
-    parts = [_table(facts), _faults(faults)]
+    parts = [html_parts.table(facts), _faults(faults)]
     parts += [_episode(prepared.episode(number), number, spec) for number in episodes]
     if row.arms:
         statistics = measured.statistics(row.name)
@@ -83,10 +73,12 @@ def prepared_page(
             '<p class="note">Of all chunks and states; no image is read. A single arm counts on '
             "both sides, since training puts it on either.</p>",
             _gate(check(statistics, spec)),
-            _picture(_horizon_figure(measured, spec), "spread of positions over the chunk"),
+            html_parts.figure(
+                _horizon_figure(measured, spec), "spread of positions over the chunk"
+            ),
             f"<pre>{html.escape(report(statistics))}</pre>",
         ]
-    _write(target, f"{row.name}: what training sees", parts)
+    html_parts.write(target, f"{row.name}: what training sees", parts)
 
 
 def _episode(episode: Episode, number: int, spec: ActionSpec) -> str:
@@ -101,9 +93,13 @@ def _episode(episode: Episode, number: int, spec: ActionSpec) -> str:
     if episode.arms:
         step = episode.num_steps // 3
         parts.append(
-            _picture(_tracks_figure(episode, step, spec), "the episode's tracks and the chunk")
+            html_parts.figure(
+                _tracks_figure(episode, step, spec), "the episode's tracks and the chunk"
+            )
         )
-        parts.append(_picture(_chunk_figure(episode, step, spec), "the chunk per dimension"))
+        parts.append(
+            html_parts.figure(_chunk_figure(episode, step, spec), "the chunk per dimension")
+        )
     return "\n".join(parts)
 
 
@@ -122,16 +118,11 @@ def _strip(views: Mapping[str, Any], num_steps: int, names: Sequence[str], fps: 
 
 
 def _still(images: Any, step: int) -> str:
-    from PIL import Image
-
     try:
-        picture = Image.fromarray(decode(images[step]))
+        picture = decode(images[step])
     except (BadImageError, DataError) as error:
         return f'<span class="bad">{html.escape(str(error))}</span>'
-    picture.thumbnail((320, 224))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return html_parts.photo(picture)
 
 
 def _tracks_figure(episode, step, spec):
@@ -243,7 +234,7 @@ def _faults(faults) -> str:
         f"{count} {code}": "<br>".join(html.escape(text) for text in faults.examples[code][:3])
         for code, count in faults.counts.most_common()
     }
-    return "<h2>Faults</h2>" + _table(rows, escape=False)
+    return "<h2>Faults</h2>" + html_parts.table(rows, escape=False)
 
 
 def _gate(found: Sequence[str]) -> str:
@@ -265,7 +256,7 @@ def raw_page(source: Source, episodes: Sequence[int], target: pathlib.Path) -> N
         '<p>No row says what these keys mean: <a href="#keys">write one</a> and give it with '
         "<code>--row my_row.json</code>. Until then nothing here is in a frame or a unit.</p>",
         f'<h2 id="keys">Keys of {len(source)} episodes</h2>',
-        _table(dict(source.keys())),
+        html_parts.table(dict(source.keys())),
     ]
     for number in episodes:
         raw = source.episode(number)
@@ -273,12 +264,12 @@ def raw_page(source: Source, episodes: Sequence[int], target: pathlib.Path) -> N
         parts.append(f"<h2>Episode {number}</h2>")
         parts.append(f'<p class="note">{where}, {raw.num_steps} steps</p>')
         numbers, pictures, texts = _sorted_keys(raw, source.keys())
-        parts.append(_table(texts))
+        parts.append(html_parts.table(texts))
         if pictures:
             parts.append(_strip(pictures, raw.num_steps, list(pictures), raw.fps or 1.0))
         if numbers:
-            parts.append(_picture(_numbers_figure(numbers), "numbers as they are stored"))
-    _write(target, "Recordings as they are", parts)
+            parts.append(html_parts.figure(_numbers_figure(numbers), "numbers as they are stored"))
+    html_parts.write(target, "Recordings as they are", parts)
 
 
 def _sorted_keys(raw, keys):
@@ -322,30 +313,6 @@ def _numbers_figure(numbers):
         axes.set_title(f"{key} [{values.shape[1]}]", fontsize=8)
         axes.tick_params(labelsize=7)
     return figure
-
-
-def _table(rows: Mapping[str, Any], *, escape: bool = True) -> str:
-    def cell(text):
-        return html.escape(str(text)) if escape else str(text)
-
-    lines = (f"<tr><th>{html.escape(str(k))}</th><td>{cell(v)}</td></tr>" for k, v in rows.items())
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _picture(figure: Any, words: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=90)
-    plt.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<p><img alt="{html.escape(words)}" src="data:image/png;base64,{data}"></p>'
-
-
-def _write(target: pathlib.Path, title: str, parts: Sequence[str]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(
-        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>" + "\n".join(parts)
-    )
 
 
 def recording(episode: Episode, spec: ActionSpec, target: pathlib.Path) -> None:

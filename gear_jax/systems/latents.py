@@ -3,12 +3,14 @@
     clip -> encoder -> z -> nearest codes -> decoder -> the frames that follow
 
 The codebook is state, not a parameter: moving averages of the vectors that chose each code (EMA
-VQ-VAE), on the unit sphere; a code that nobody chooses restarts at a vector of the batch. Sums run
-over the global batch, so any sharding gives the same codebook. Source: GEAR-VLA 3.2,
+VQ-VAE), on the unit sphere; a code that nobody chooses restarts at a vector of the batch. Latents
+are standardised before that, by the batch in training and by moving averages after. Sums run over
+the global batch, so any sharding gives the same codebook. Source: GEAR-VLA 3.2,
 ported_models.md D3 and D4, systems.md 2.4.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +20,8 @@ import numpy as np
 from gear_jax.towers.latent_action import LatentDecoder, LatentEncoder, patches
 
 _TINY = 1e-6
+_LEAST_VAR = 1e-8  # of a latent that is the same in every clip
+_STILL = 1e-4  # squared error of copying the first frame below which a batch counts as still
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +30,23 @@ class LatentLossConfig:
 
     Attributes:
         commitment: weight of |z - code|^2.
+        entropy: weight of the codes' entropy: each choice certain, all choices equally frequent.
+        temperature: of the choice whose entropy is taken.
         decay: of the codebook's moving averages.
+        spread_decay: of the moving averages by which latents are standardised.
         restart_usage: a code whose share of choices falls below this part of an even share ...
         restart_steps: ... for so many steps, restarts; 0 never restarts.
+        standardize: False leaves latents as the encoder made them; they then collapse easily.
     """
 
-    commitment: float = 0.25
+    commitment: float = 0.05
+    entropy: float = 0.05
+    temperature: float = 0.1
     decay: float = 0.99
+    spread_decay: float = 0.95
     restart_usage: float = 0.1
     restart_steps: int = 50
+    standardize: bool = True
 
 
 def init(cfg, rng):
@@ -53,17 +65,45 @@ def init(cfg, rng):
 
 
 def init_codebook(cfg, rng):
-    """Codes float32[G, K, d] on the unit sphere, and their moving averages; {} for "fsq"."""
+    """The state that is not learned by gradient.
+
+    Returns:
+        mean, var float32[T, C, d] of each latent and their weight, not yet divided by it; with
+        "ema" also codes float32[G, K, d] on the unit sphere, their moving count and sum, and idle
+        int32[G, K], steps without enough choices.
+    """
+    shape = (cfg.num_transitions, cfg.codes_per_transition, cfg.latent_dim)
+    spread = {"mean": jnp.zeros(shape), "var": jnp.zeros(shape), "weight": jnp.zeros(())}
     if cfg.quantizer == "fsq":
-        return {}
+        return spread
     shape = (cfg.num_groups, cfg.codes_per_group, cfg.code_dim)
     codes = _unit(jax.random.normal(rng, shape))
     return {
+        **spread,
         "codes": codes,
         "count": jnp.ones(shape[:2]),
         "sum": codes,
         "idle": jnp.zeros(shape[:2], jnp.int32),
     }
+
+
+def standardize(codebook, z):
+    """Latents in units of their own spread: what is the same in every clip tells nothing.
+
+    Without this, commitment is satisfied best by an encoder that says the same of every clip.
+
+    Args:
+        codebook: state; nothing is changed before the first update.
+        z: float32[B, T, C, d].
+    """
+    weight = jnp.maximum(codebook["weight"], _TINY)
+    mean, var = codebook["mean"] / weight, codebook["var"] / weight
+    var = jnp.where(codebook["weight"] > 0, var, 1.0)
+    return _scaled(z, mean, var)
+
+
+def _scaled(z, mean, var):
+    return (z - mean[None]) * jax.lax.rsqrt(var + _LEAST_VAR)[None]
 
 
 def quantize(cfg, codebook, z):
@@ -72,37 +112,58 @@ def quantize(cfg, codebook, z):
     Args:
         cfg: LatentActionConfig.
         codebook: state of `init_codebook`.
-        z: float32[..., C, latent_dim].
+        z: float32[..., C, latent_dim], standardised.
 
     Returns:
         ids int32[..., C], 0 .. G * K - 1, group by group; codes float32[..., C, latent_dim], whose
         gradient is z's (straight through); z as it was compared, on the sphere for "ema".
     """
     groups = np.array(cfg.group_pattern)
-    if cfg.quantizer == "fsq":
-        z = jnp.tanh(z)
-        bits = z > 0
-        places = 2 ** np.arange(cfg.latent_dim)
-        local = jnp.einsum("...cd,d->...c", bits.astype(jnp.int32), places)
-        codes = jnp.where(bits, 1.0, -1.0)
-    else:
-        z = _unit(z)
-        table = codebook["codes"][groups]  # [C, K, d]
-        local = jnp.argmax(jnp.einsum("...cd,ckd->...ck", z, table), axis=-1)
-        chosen = jax.nn.one_hot(local, cfg.codes_per_group)
-        codes = jnp.einsum("...ck,ckd->...cd", chosen, table)
+    near = similarity(cfg, codebook, z)
+    local = jnp.argmax(near, axis=-1)
+    chosen = jax.nn.one_hot(local, cfg.codes_per_group)
+    codes = jnp.einsum("...ck,ckd->...cd", chosen, _table(cfg, codebook))
+    z = _bounded(cfg, z)
     ids = local + cfg.codes_per_group * groups.reshape((1,) * (local.ndim - 1) + (-1,))
     return ids.astype(jnp.int32), z + jax.lax.stop_gradient(codes - z), z
+
+
+def similarity(cfg, codebook, z):
+    """How near each latent is to each code of its group: [..., C, d] -> [..., C, K], 1 at most."""
+    near = jnp.einsum("...cd,ckd->...ck", _bounded(cfg, z), _table(cfg, codebook))
+    return near / cfg.latent_dim if cfg.quantizer == "fsq" else near
+
+
+def _bounded(cfg, z):
+    """On the unit sphere for "ema", in the cube for "fsq"."""
+    return jnp.tanh(z) if cfg.quantizer == "fsq" else _unit(z)
+
+
+def _table(cfg, codebook):
+    """Codes of each place, float32[C, K, d]; those of "fsq" are the corners of the cube."""
+    if cfg.quantizer == "fsq":
+        bits = np.arange(cfg.codes_per_group)[:, None] >> np.arange(cfg.latent_dim) & 1
+        corners = jnp.asarray(2.0 * bits - 1, jnp.float32)
+        return jnp.broadcast_to(corners, (cfg.codes_per_transition, *corners.shape))
+    return codebook["codes"][np.array(cfg.group_pattern)]
 
 
 def encode(params, cfg, codebook, frames):
     """Ids int32[B, T, C] of clips float[B, F, H, W, 3] in -1 .. 1."""
     _, z = LatentEncoder(cfg).apply({"params": params["encoder"]}, frames)
-    return quantize(cfg, codebook, z)[0]
+    return quantize(cfg, codebook, standardize(codebook, z))[0]
 
 
-def loss(params, cfg, codebook, frames, mask, config, targets=None):
-    """Reconstruction and commitment.
+def decode(params, cfg, first, base, codes):
+    """Targets float32[B, T, P, output_dim] from the first frame and quantised codes."""
+    return LatentDecoder(cfg).apply({"params": params["decoder"]}, first, base, codes)
+
+
+def loss(params, cfg, codebook, frames, mask, config, rng, targets=None):
+    """Reconstruction, commitment and entropy, and the codebook after this batch.
+
+    The reconstruction's squared error is taken relative to that of copying the first frame, so the
+    weights mean the same for pixels and features and for quick and slow clips.
 
     Args:
         params: {"encoder", "decoder"}.
@@ -111,37 +172,74 @@ def loss(params, cfg, codebook, frames, mask, config, targets=None):
         frames: float[B, F, H, W, 3], -1 .. 1.
         mask: bool[B, T], transitions to learn from.
         config: LatentLossConfig.
+        rng: key, the same on every host.
         targets: float[B, F, P, target_dim], frozen features of each frame, where they are the
             target; else the pixels are.
 
     Returns:
-        the loss; a dictionary: ids int32[B, T, C] and z float32[B, T, C, d] for `update_codebook`,
-        and the monitors reconstruction, copy_first (its error when nothing moves) and commitment.
+        the loss; (the new codebook, metrics): reconstruction, relative as above, commitment,
+        perplexity float32[G] of the batch.
     """
     features, z = LatentEncoder(cfg).apply({"params": params["encoder"]}, frames)
+    spread = {}
+    if config.standardize:
+        mean, var = _moments(z, mask)
+        z = _scaled(z, mean, var)
+        spread = _averaged(codebook, mean, var, config.spread_decay)
+    near = similarity(cfg, codebook, z)
     ids, codes, z = quantize(cfg, codebook, z)
     if targets is None:
         targets = patches(frames, cfg.patch_size)
     first = jax.lax.stop_gradient(features[:, 0])
     predicted = decode(params, cfg, first, targets[:, 0], codes)
-    wanted = targets[:, cfg.targets()].astype(jnp.float32)
-    error = _mean(jnp.abs(predicted - wanted).mean(axis=(-2, -1)), mask)
-    copied = _mean(jnp.abs(targets[:, :1] - wanted).mean(axis=(-2, -1)), mask)
+    error, copied = (_mean(x, mask) for x in _errors(cfg, predicted, targets))
     pull = jnp.sum((z - jax.lax.stop_gradient(codes)) ** 2, axis=-1).mean(axis=-1)
     commitment = _mean(pull, mask)
-    total = error + config.commitment * commitment
-    return total, {
-        "ids": ids,
-        "z": jax.lax.stop_gradient(z),
-        "reconstruction": error,
-        "copy_first": copied,
-        "commitment": commitment,
-    }
+    relative = error / jnp.maximum(copied, _STILL)
+    total = relative + config.commitment * commitment
+    if config.entropy:
+        total = total - config.entropy * _decisiveness(near / config.temperature, mask)
+    z = jax.lax.stop_gradient(z)
+    codebook = {**update_codebook(cfg, config, codebook, ids, z, mask, rng), **spread}
+    perplexity = usage(counts(cfg, ids, mask))["perplexity"]
+    metrics = {"reconstruction": relative, "commitment": commitment, "perplexity": perplexity}
+    return total, (codebook, metrics)
 
 
-def decode(params, cfg, first, base, codes):
-    """Targets float32[B, T, P, output_dim] from the first frame and quantised codes."""
-    return LatentDecoder(cfg).apply({"params": params["decoder"]}, first, base, codes)
+def _errors(cfg, predicted, targets):
+    """Squared errors float32[B, T] of the decoder, and of copying the first frame."""
+    wanted = targets[:, cfg.targets()].astype(jnp.float32)
+    return tuple(
+        jnp.square(x - wanted).mean(axis=(-2, -1))
+        for x in (predicted, targets[:, :1].astype(jnp.float32))
+    )
+
+
+def _moments(z, mask):
+    """Mean and variance [T, C, d] over the clips of the global batch that the mask shows."""
+    weight = mask.astype(jnp.float32)[..., None, None]
+    total = jnp.maximum(weight.sum(axis=0), 1.0)
+    mean = (z * weight).sum(axis=0) / total
+    return mean, (jnp.square(z - mean[None]) * weight).sum(axis=0) / total
+
+
+def _averaged(codebook, mean, var, decay):
+    """Moving averages of both, with the weight they have gathered."""
+    fresh = {"mean": mean, "var": var, "weight": jnp.ones(())}
+    fresh = jax.lax.stop_gradient(fresh)
+    return {k: decay * codebook[k] + (1 - decay) * new for k, new in fresh.items()}
+
+
+def _decisiveness(logits, mask):
+    """Entropy of the mean choice minus mean entropy of a choice, in nats (ported_models.md D4)."""
+    odds = jax.nn.softmax(logits)
+    weight = mask.astype(jnp.float32)[..., None, None]
+    mean = (odds * weight).sum(axis=(0, 1)) / jnp.maximum(weight.sum(), 1.0)  # [C, K]
+    return _entropy(mean).mean() - _mean(_entropy(odds).mean(axis=-1), mask)
+
+
+def _entropy(odds):
+    return -jnp.sum(odds * jnp.log(odds + 1e-9), axis=-1)
 
 
 def update_codebook(cfg, config, codebook, ids, z, mask, rng):
@@ -163,12 +261,12 @@ def update_codebook(cfg, config, codebook, ids, z, mask, rng):
         return codebook
     groups = np.array(cfg.group_pattern)
     weight = mask[..., None].astype(jnp.float32)
-    counts, sums, spare = [], [], []
+    counted, sums, spare = [], [], []
     for group in range(cfg.num_groups):
         places = np.flatnonzero(groups == group)
         local = ids[..., places] - group * cfg.codes_per_group
         chosen = jax.nn.one_hot(local, cfg.codes_per_group) * weight[..., None]
-        counts.append(chosen.sum(axis=(0, 1, 2)))
+        counted.append(chosen.sum(axis=(0, 1, 2)))
         sums.append(jnp.einsum("btck,btcd->kd", chosen, z[..., places, :]))
         rows = z[..., places, :].reshape(-1, z.shape[-1])
         odds = jnp.broadcast_to(weight, (*mask.shape, len(places))).reshape(-1)
@@ -176,7 +274,7 @@ def update_codebook(cfg, config, codebook, ids, z, mask, rng):
         key = jax.random.fold_in(rng, group)
         picked = jax.random.choice(key, len(rows), (cfg.codes_per_group,), p=odds / odds.sum())
         spare.append(rows[picked])
-    count, total, spare = jnp.stack(counts), jnp.stack(sums), jnp.stack(spare)
+    count, total, spare = jnp.stack(counted), jnp.stack(sums), jnp.stack(spare)
     decay = config.decay
     kept = decay * codebook["count"] + (1 - decay) * count
     summed = decay * codebook["sum"] + (1 - decay) * total
@@ -187,6 +285,7 @@ def update_codebook(cfg, config, codebook, ids, z, mask, rng):
     even = kept.mean(axis=1, keepdims=True)
     codes = _unit(summed)
     return {
+        **codebook,
         "codes": jnp.where(restart[..., None], spare, codes),
         "count": jnp.where(restart, even, kept),
         "sum": jnp.where(restart[..., None], spare * even[..., None], summed),
@@ -194,23 +293,76 @@ def update_codebook(cfg, config, codebook, ids, z, mask, rng):
     }
 
 
-def usage(cfg, ids, mask) -> dict[str, Any]:
-    """Monitors of what is chosen: per group perplexity float32[G] and used codes int32[G].
+def measure(params, cfg, codebook, frames, mask, targets=None):
+    """Sums over a batch from which `summary` makes the monitors; add those of more batches.
+
+    Args:
+        params: {"encoder", "decoder"}.
+        cfg: LatentActionConfig.
+        codebook: state.
+        frames: float[B, F, H, W, 3], -1 .. 1; B is at least 2.
+        mask: bool[B, T].
+        targets: as in `loss`.
+
+    Returns:
+        number of transitions; summed squared errors of the decoder, of copying the first frame and
+        of the decoder with another clip's codes; counts float32[G, K].
+    """
+    features, z = LatentEncoder(cfg).apply({"params": params["encoder"]}, frames)
+    ids, codes, _ = quantize(cfg, codebook, standardize(codebook, z))
+    if targets is None:
+        targets = patches(frames, cfg.patch_size)
+    predict = functools.partial(decode, params, cfg, features[:, 0], targets[:, 0])
+    error, copied = _errors(cfg, predict(codes), targets)
+    shuffled, _ = _errors(cfg, predict(jnp.roll(codes, 1, axis=0)), targets)
+    weight = mask.astype(jnp.float32)
+    return {
+        "number": weight.sum(),
+        "error": jnp.sum(error * weight),
+        "copied": jnp.sum(copied * weight),
+        "shuffled": jnp.sum(shuffled * weight),
+        "counts": counts(cfg, ids, mask),
+    }
+
+
+def summary(sums):
+    """Monitors from the sums of `measure`.
+
+    Returns:
+        reconstruction: error relative to copying the first frame; gain_db: the same in decibels;
+        shuffled: error with another clip's codes relative to that with the clip's own, 1 when the
+        decoder does not read them; per group perplexity, used codes and entropy, bits.
+    """
+    error = jnp.maximum(sums["error"], _TINY)
+    relative = error / jnp.maximum(sums["copied"], _TINY)
+    return {
+        "reconstruction": relative,
+        "gain_db": -10 * jnp.log10(relative),
+        "shuffled": sums["shuffled"] / error,
+        **usage(sums["counts"]),
+    }
+
+
+def counts(cfg, ids, mask):
+    """How often each code of each group was chosen, float32[G, K], of ids int32[B, T, C]."""
+    weight = mask[..., None, None].astype(jnp.float32)
+    chosen = jax.nn.one_hot(ids, cfg.num_groups * cfg.codes_per_group) * weight
+    return chosen.sum(axis=(0, 1, 2)).reshape(cfg.num_groups, cfg.codes_per_group)
+
+
+def usage(counted) -> dict[str, Any]:
+    """Per group perplexity float32[G], entropy in bits float32[G] and used codes int32[G].
 
     A group of K codes has a perplexity of K when all are equally frequent and 1 when it has
     collapsed.
     """
-    groups = np.array(cfg.group_pattern)
-    weight = mask[..., None, None].astype(jnp.float32)
-    perplexity, used = [], []
-    for group in range(cfg.num_groups):
-        local = ids[..., np.flatnonzero(groups == group)] - group * cfg.codes_per_group
-        counts = (jax.nn.one_hot(local, cfg.codes_per_group) * weight).sum(axis=(0, 1, 2))
-        share = counts / jnp.maximum(counts.sum(), 1)
-        entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-9)), 0.0))
-        perplexity.append(jnp.exp(entropy))
-        used.append((counts > 0).sum())
-    return {"perplexity": jnp.stack(perplexity), "used": jnp.stack(used)}
+    share = counted / jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
+    entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-9)), 0.0), axis=1)
+    return {
+        "perplexity": jnp.exp(entropy),
+        "entropy": entropy / np.log(2),
+        "used": (counted > 0).sum(axis=1),
+    }
 
 
 def legal_ids(cfg):
@@ -226,4 +378,4 @@ def _mean(values, mask):
 
 
 def _unit(x):
-    return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)), _TINY)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + _TINY**2)

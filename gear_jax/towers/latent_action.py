@@ -22,6 +22,7 @@ from gear_jax.towers.stack import run_layers
 WINDOWS = ("cumulative", "adjacent")
 MODES = ("transitions", "lapa")
 QUANTIZERS = ("ema", "fsq")
+_SPREAD = 0.5  # of learned embeddings at the start: seen beside the content, not drowned in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,10 @@ class LatentActionConfig:
         last = self.num_frames - 1
         return np.arange(1, last + 1) if self.mode == "transitions" else np.array([last])
 
+    def ends(self):
+        """Frames where transitions begin and end, int[T + 1]."""
+        return np.concatenate([[0], self.targets()])
+
     def visible_frames(self):
         """bool[T, F]: which frames the queries of each transition see."""
         frame, end = np.arange(self.num_frames)[None], self.targets()[:, None]
@@ -130,7 +135,10 @@ class LatentActionConfig:
 
 
 class _Attention(nn.Module):
-    """Multi-head attention of queries to keys, with its projections."""
+    """Multi-head attention of queries to keys, with its projections.
+
+    Where x has n times the rows of `memory`, n rows in turn read the same memory.
+    """
 
     cfg: LatentActionConfig
 
@@ -141,6 +149,7 @@ class _Attention(nn.Module):
         heads = (c.num_heads, c.width // c.num_heads)
         q = dense(heads, name="q")(x)
         k, v = dense(heads, name="k")(memory), dense(heads, name="v")(memory)
+        k, v = (jnp.repeat(a, len(x) // len(memory), axis=0) for a in (k, v))
         y = attention.attend(q, k, v, backend=c.attention, **options)
         return dense(c.width, axis=(-2, -1), name="proj")(checkpoint_name(y, "attention"))
 
@@ -160,6 +169,16 @@ class _Mlp(nn.Module):
 def _norm(c, name):
     return nn.LayerNorm(1e-6, use_fast_variance=False, dtype=c.dtype, param_dtype=c.param_dtype,
                         name=name)  # fmt: skip
+
+
+def _places(rng, shape, dtype):
+    """Sines and cosines of row and column: neighbours begin alike."""
+    del rng
+    side, dim = int(shape[0] ** 0.5), shape[1]
+    angles = np.arange(side)[:, None] / 10 ** (4 * np.arange(dim // 4) / (dim // 4))
+    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    rows, columns = np.repeat(line, side, axis=0), np.tile(line, (side, 1))
+    return jnp.asarray(np.concatenate([rows, columns], axis=1), dtype)
 
 
 class _SpaceTimeBlock(nn.Module):
@@ -189,7 +208,7 @@ class _QueryBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer, memory, q_segments, kv_segments):
-        """X [B T, C, D], memory [B T, F P, D]."""
+        """X [B T, C, D], memory [B, F P, D]."""
         del layer
         c = self.cfg
         y = _Attention(c, name="cross")(
@@ -217,11 +236,14 @@ class LatentEncoder(nn.Module):
         """
         c = self.cfg
         batch = len(frames)
-        init = nn.initializers.normal(0.02)
-        place = self.param("place", init, (c.num_patches, c.width), c.param_dtype)
+        init = nn.initializers.normal(_SPREAD)
+        place = self.param("place", _places, (c.num_patches, c.width), c.param_dtype)
         time = self.param("time", init, (c.num_frames, c.width), c.param_dtype)
         embed = PatchEmbed(c.width, c.patch_size, c.dtype, c.param_dtype, name="patch_embed")
-        x = embed(rearrange(frames.astype(c.dtype), "b f h w c -> (b f) h w c"))
+        frames = frames.astype(c.dtype)
+        change = jnp.diff(frames, axis=1, prepend=frames[:, :1])
+        x = jnp.concatenate([frames, change], axis=-1)
+        x = embed(rearrange(x, "b f h w c -> (b f) h w c"))
         x = rearrange(x, "(b f) p d -> b f p d", b=batch)
         x = x + place.astype(c.dtype)[None, None] + time.astype(c.dtype)[None, :, None]
         x, _, _ = run_layers(
@@ -232,9 +254,7 @@ class LatentEncoder(nn.Module):
         order = self.param("order", init, (c.num_transitions, c.width), c.param_dtype)
         q = query.astype(c.dtype)[None] + order.astype(c.dtype)[:, None]  # [T, C, D]
         q = jnp.broadcast_to(q[None], (batch, *q.shape)).reshape(-1, *q.shape[1:])
-        memory = rearrange(features, "b f p d -> b 1 (f p) d")
-        memory = jnp.broadcast_to(memory, (batch, c.num_transitions, *memory.shape[2:]))
-        memory = rearrange(memory, "b t s d -> (b t) s d")
+        memory = rearrange(features, "b f p d -> b (f p) d")
         seen = np.repeat(c.visible_frames(), c.num_patches, axis=1).astype(np.int32)
         seen = jnp.tile(jnp.asarray(seen), (batch, 1))
         ones = jnp.ones(q.shape[:2], jnp.int32)
@@ -248,20 +268,20 @@ class LatentEncoder(nn.Module):
 
 
 class _DecoderBlock(nn.Module):
-    """Attention within the frame to come, then to the codes up to it, then an MLP."""
+    """Attention to the codes up to the frame to come, then within that frame, then an MLP."""
 
     cfg: LatentActionConfig
 
     @nn.compact
     def __call__(self, x, layer, codes, q_segments, kv_segments):
-        """X [B T, P, D], codes [B T, T C, D]."""
+        """X [B T, P, D], codes [B, T C, D]."""
         del layer
         c = self.cfg
-        y = _norm(c, "space_norm")(x)
-        x = x + _Attention(c, name="space")(y, y)
         x = x + _Attention(c, name="cross")(
             _norm(c, "cross_norm")(x), codes, q_segments=q_segments, kv_segments=kv_segments
         )
+        y = _norm(c, "space_norm")(x)
+        x = x + _Attention(c, name="space")(y, y)
         x = x + _Mlp(c, name="mlp")(_norm(c, "mlp_norm")(x))
         return x, x, None
 
@@ -286,8 +306,8 @@ class LatentDecoder(nn.Module):
         c = self.cfg
         batch, steps = codes.shape[:2]
         dense = functools.partial(nn.Dense, param_dtype=c.param_dtype)
-        init = nn.initializers.normal(0.02)
-        place = self.param("place", init, (c.num_patches, c.width), c.param_dtype)
+        init = nn.initializers.normal(_SPREAD)
+        place = self.param("place", _places, (c.num_patches, c.width), c.param_dtype)
         time = self.param("time", init, (c.num_transitions, c.width), c.param_dtype)
         slot = self.param("slot", init, (c.codes_per_transition, c.width), c.param_dtype)
         x = dense(c.width, dtype=c.dtype, name="from_features")(first.astype(c.dtype))
@@ -297,8 +317,7 @@ class LatentDecoder(nn.Module):
         x = rearrange(x, "b t p d -> (b t) p d")
         y = dense(c.width, dtype=c.dtype, name="from_codes")(codes.astype(c.dtype))
         y = y + time.astype(c.dtype)[None, :, None] + slot.astype(c.dtype)[None, None]
-        y = rearrange(y, "b t c d -> b 1 (t c) d")
-        y = jnp.broadcast_to(y, (batch, steps, *y.shape[2:])).reshape(-1, *y.shape[2:])
+        y = rearrange(y, "b t c d -> b (t c) d")
         past = np.arange(steps)[None] <= np.arange(steps)[:, None]
         past = np.repeat(past, c.codes_per_transition, axis=1).astype(np.int32)
         ones = jnp.ones(x.shape[:2], jnp.int32)

@@ -10,12 +10,15 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+import google_crc32c
 import jax
 import orbax.checkpoint as ocp
 
 _PARAMS, _DIGESTS = "params", "digests.json"
+
+Algorithm = Literal["sha256", "crc32c"]
 
 
 @contextlib.contextmanager
@@ -83,14 +86,29 @@ def stored_dtypes(directory: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-def write_digests(directory: str | os.PathLike) -> None:
-    """Record size and sha256 of every file below `directory`."""
+def write_digests(directory: str | os.PathLike, algorithm: Algorithm = "sha256") -> None:
+    """Record size and digest of every file below `directory`.
+
+    Args:
+        directory: complete.
+        algorithm: "sha256" for what is published; "crc32c", four times as fast, for a run's own.
+    """
     directory = pathlib.Path(directory)
-    text = json.dumps(_digests(directory), indent=1)
+    text = json.dumps(_digests(directory, algorithm), indent=1)
     with (directory / _DIGESTS).open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def has_digests(directory: str | os.PathLike) -> bool:
+    """Whether a record of digests is there; `verify_digests` reads it."""
+    return (pathlib.Path(directory) / _DIGESTS).is_file()
+
+
+def digest(directory: str | os.PathLike) -> str:
+    """Hex sha256 over the record of digests: it names the checkpoint's contents."""
+    return hashlib.sha256((pathlib.Path(directory) / _DIGESTS).read_bytes()).hexdigest()
 
 
 def verify_digests(directory: str | os.PathLike) -> None:
@@ -106,21 +124,24 @@ def verify_digests(directory: str | os.PathLike) -> None:
         raise ValueError(
             f"{directory}: no readable {_DIGESTS}: not a checkpoint, or damaged"
         ) from error
-    found = _digests(directory)
+    algorithm = "crc32c" if any("crc32c" in entry for entry in recorded.values()) else "sha256"
+    found = _digests(directory, algorithm)
     odd = sorted(k for k in recorded.keys() | found.keys() if recorded.get(k) != found.get(k))
     if odd:
         raise ValueError(f"{directory}: missing, extra or damaged: {', '.join(odd[:5])}")
 
 
-def _digests(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
+def _digests(directory: pathlib.Path, algorithm: Algorithm) -> dict[str, dict[str, Any]]:
     made = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != _DIGESTS:
+            digest = hashlib.sha256() if algorithm == "sha256" else google_crc32c.Checksum()
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                while block := file.read(1 << 22):
+                    digest.update(block)
             made[path.relative_to(directory).as_posix()] = {
                 "size": path.stat().st_size,
-                "sha256": digest,
+                algorithm: digest.digest().hex(),
             }
     return made
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,18 +13,30 @@ from gear_jax.data.faults import FaultError
 from gear_jax.data.tfrecord import DataError
 from gear_jax.types import Image
 
+_NEAR = 60  # frames that are decoded on the way rather than sought
+
 
 class VideoFrames(Sequence):
     """Frames of one stretch of a video file, at a fixed rate.
 
     Frame i is the one shown at `start + i / fps` seconds. Indexing seeks to the keyframe before it
-    and decodes from there; iterating decodes each frame once.
+    and decodes from there, or goes on from the last index where that is not far ahead; iterating
+    decodes each frame once.
     """
 
     def __init__(self, path: str | os.PathLike, num_frames: int, fps: float, start: float = 0.0):
         """Nothing is opened until a frame is asked for."""
         self.path, self.num_frames = pathlib.Path(path), num_frames
         self.fps, self.start = float(fps), float(start)
+        self._lock, self._next = threading.Lock(), 0
+        self._frames_ahead: Iterator[av.VideoFrame] | None = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_lock": None, "_frames_ahead": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.num_frames
@@ -37,12 +50,21 @@ class VideoFrames(Sequence):
         """
         if not 0 <= step < self.num_frames:
             raise IndexError(f"frame {step} of {self.path}: it has {self.num_frames}")
-        return next(self._frames(step))
+        with self._lock:
+            if self._frames_ahead is None or not 0 <= step - self._next < _NEAR:
+                self._frames_ahead, self._next = self._frames(step), step
+            ahead, self._frames_ahead = self._frames_ahead, None  # lost if decoding fails
+            for frame in ahead:
+                self._next += 1
+                if self._next > step:
+                    self._frames_ahead = ahead
+                    return frame.to_ndarray(format="rgb24")
+        raise AssertionError("a video that ends early raises")
 
     def __iter__(self) -> Iterator[Image]:
-        return self._frames(0)
+        return (frame.to_ndarray(format="rgb24") for frame in self._frames(0))
 
-    def _frames(self, first: int) -> Iterator[Image]:
+    def _frames(self, first: int) -> Iterator[av.VideoFrame]:
         step = first
         try:
             with av.open(str(self.path)) as container:
@@ -55,7 +77,7 @@ class VideoFrames(Sequence):
                 for frame in container.decode(stream):
                     # the frame on display at `wanted`: half a frame of slack for rounded stamps
                     while frame.pts is not None and frame.pts * base >= wanted - 0.5 / self.fps:
-                        yield frame.to_ndarray(format="rgb24")
+                        yield frame
                         step += 1
                         if step == self.num_frames:
                             return

@@ -1,0 +1,311 @@
+"""The one training loop: any stage, any mesh, killed and resumed to the bit.
+
+    stage, config -> restore or initialise -> [batch -> step -> log, evaluate, save] -> final step
+
+Metrics are read one step late, so that the device never waits for the host. The place in the data
+is one number and lies in the same checkpoint as the state.
+"""
+
+import dataclasses
+import fcntl
+import functools
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from gear_jax.train import exits, sharding
+from gear_jax.train.exits import StopRunError
+from gear_jax.train.optim import OptimConfig, make_tx
+from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints, SaveError
+from gear_jax.train.state import TrainState, make_train_step, new_state, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Something measured between steps.
+
+    Attributes:
+        every: steps between two measurements; one is also made at the end.
+        run: state -> {name: number}; may raise StopRunError.
+    """
+
+    every: int
+    run: Callable[[TrainState], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What one stage of training brings to the loop.
+
+    Attributes:
+        name: latents, pretrain, policy, adapt.
+        init: rng -> params, extra.
+        loss: params, extra, batch, rng -> loss, (extra, metrics).
+        optim: the optimiser; its num_steps is the length of the run.
+        rules: sharding of the parameters.
+        open_stream: state of the data or None -> batches of this host, with `state()`, `close()`.
+        arrays: batch of this host -> arrays that go to the devices.
+        evaluators: by name.
+        ema_decay: or None.
+    """
+
+    name: str
+    init: Callable
+    loss: Callable
+    optim: OptimConfig
+    rules: Sequence[tuple[str, tuple]]
+    open_stream: Callable[[Mapping[str, Any] | None], Any]
+    arrays: Callable[[dict[str, Any]], dict[str, np.ndarray]]
+    evaluators: Mapping[str, Evaluator] = dataclasses.field(default_factory=dict)
+    ema_decay: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How a run is run; none of it changes what is learned.
+
+    Attributes:
+        log_every: steps between two lines.
+        checkpoint_every: steps between two checkpoints.
+        keep: newest checkpoints that stay.
+        keep_every: checkpoints at multiples of this stay as well; None keeps no others.
+        max_bad_steps: steps in a row that may be not finite.
+        resume: "auto" goes on where there is something, "must" refuses to begin, "never" refuses
+            to go on.
+    """
+
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep: int = 3
+    keep_every: int | None = None
+    max_bad_steps: int = 10
+    resume: Literal["auto", "must", "never"] = "auto"
+
+
+def run(
+    stage: Stage,
+    config: LoopConfig,
+    workdir: str | os.PathLike,
+    mesh: jax.sharding.Mesh,
+    *,
+    seed: int,
+    record: Mapping[str, Any],
+    say: Callable[[str], None] = print,
+) -> TrainState:
+    """Train to the last step, from the newest checkpoint of `workdir` where there is one.
+
+    Args:
+        stage: what to train.
+        config: cadences.
+        workdir: of this run; config.json, metrics.jsonl and checkpoints/ are written there.
+        mesh: with the axes of `sharding.AXES`.
+        seed: of parameters and steps.
+        record: JSON, the config of the run; a checkpoint made under another is refused.
+        say: prints a line.
+
+    Returns:
+        The state after the last step, saved.
+
+    Raises:
+        StopRunError: with the exit code that fits.
+        DataError: data that cannot be used, or are not those of the checkpoint.
+    """
+    workdir = pathlib.Path(workdir).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = _lock(workdir)
+    checkpoints = None
+    try:
+        with jax.set_mesh(mesh):
+            checkpoints = RunCheckpoints(
+                workdir / "checkpoints", keep=config.keep, keep_every=config.keep_every
+            )
+            return _run(stage, config, workdir, mesh, seed, record, say, checkpoints)
+    except SaveError as error:
+        raise StopRunError(exits.SAVE, str(error)) from error
+    except NoCheckpointError as error:
+        raise StopRunError(exits.NO_CHECKPOINT, str(error)) from error
+    finally:
+        if checkpoints is not None and not isinstance(sys.exception(), StopRunError):
+            checkpoints.close()
+        lock.close()
+
+
+def _run(stage, config, workdir, mesh, seed, record, say, checkpoints):
+    params, _ = jax.eval_shape(stage.init, jax.random.key(0))
+    tx = make_tx(params, stage.optim)
+    make = functools.partial(new_state, stage.init, tx, seed, stage.ema_decay is not None)
+    shapes = jax.eval_shape(make)
+    shardings = state_shardings(shapes, mesh, stage.rules)
+    state, data = _begin(config, checkpoints, make, shapes, shardings, record, say)
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(json.dumps(record, indent=1))
+    begun, num_steps = int(state.step), stage.optim.num_steps
+    rows = sharding.batch_sharding(mesh)
+    step_fn = jax.jit(
+        make_train_step(stage.loss, tx, stage.ema_decay),
+        donate_argnums=0,
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, None),
+    )
+    log = _Log(workdir / "metrics.jsonl", begun, num_steps, config, say)
+    stream, late = stage.open_stream(data), None
+    try:
+        for step in range(begun, num_steps):
+            waited = time.perf_counter()
+            batch = next(stream)
+            log.waited += time.perf_counter() - waited
+            arrays = {
+                key: jax.make_array_from_process_local_data(rows, value)
+                for key, value in stage.arrays(batch).items()
+            }
+            state, metrics = step_fn(state, arrays)
+            if late is not None:
+                log.step(*late)
+            late = step + 1, metrics, batch["sample"]
+            checkpoints.poll()
+            due = [
+                name for name, one in stage.evaluators.items()
+                if (step + 1) % one.every == 0 or step + 1 == num_steps
+            ]  # fmt: skip
+            save = (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps
+            if due or save:
+                log.step(*late)
+                late = None
+            if due:
+                log.evaluated(step + 1, due, stage.evaluators, state)
+            if save:
+                meta = {"data": stream.state(), "record": record, "mesh": dict(mesh.shape)}
+                checkpoints.save(step + 1, state, meta)
+    finally:
+        stream.close()
+        log.close()
+    checkpoints.wait()
+    return state
+
+
+def _begin(config, checkpoints, make, shapes, shardings, record, say):
+    """The state to go on from, and the state of its data."""
+    targets = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )
+    restored = checkpoints.restore(targets, say=say)
+    where = checkpoints.directory
+    if restored is None:
+        if config.resume == "must":
+            raise StopRunError(exits.NO_CHECKPOINT, f"{where}: no checkpoint, and resume is 'must'")
+        return jax.jit(make, out_shardings=shardings)(), None
+    if config.resume == "never":
+        raise StopRunError(
+            exits.NO_CHECKPOINT,
+            f"{where}: step {restored.step} is there, and resume is 'never'",
+        )
+    changed = sorted(_differences(restored.meta["record"], json.loads(json.dumps(record))))
+    if changed:
+        raise StopRunError(
+            exits.DATA,
+            f"{where}, step {restored.step}: made with another config: {', '.join(changed[:5])}; "
+            "go on with what it was made with, or choose another workdir",
+        )
+    say(f"resumed at step {restored.step}")
+    return restored.state, restored.meta["data"]
+
+
+def _differences(old: Any, new: Any, path: str = "config") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {*old, *new}:
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}")
+    elif old != new:
+        yield f"{path} was {old!r} and is {new!r}"
+
+
+def _lock(workdir: pathlib.Path):
+    """Keep other trainers out of a directory for as long as this process lives."""
+    file = (workdir / f"trainer-{jax.process_index()}.lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise StopRunError(
+            exits.DATA, f"{workdir}: another trainer works here ({owner}); choose another workdir"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file
+
+
+class _Log:
+    """One line for a person now and then, one JSON line per logged step for programs."""
+
+    def __init__(self, path, begun, num_steps, config, say):
+        self.num_steps, self.config, self.say = num_steps, config, say
+        self.waited, self.rows, self.started, self.last = 0.0, 0, time.perf_counter(), begun
+        self.leads = jax.process_index() == 0
+        if self.leads:
+            kept = [
+                line
+                for line in (path.read_text().splitlines() if path.exists() else [])
+                if line.endswith("}") and json.loads(line)["step"] <= begun
+            ]
+            path.write_text("".join(f"{line}\n" for line in kept))
+            self.file = path.open("a")
+
+    def step(self, step, metrics, samples):
+        """Metrics of a step that is done; raises when too many were not finite."""
+        self.rows += len(samples) * jax.process_count()
+        if int(metrics["bad_steps"]) >= self.config.max_bad_steps:
+            raise StopRunError(
+                exits.NOT_FINITE,
+                f"step {step}: loss or gradient was not finite {int(metrics['bad_steps'])} times "
+                f"in a row, last for samples {int(samples[0])} to {int(samples[-1])}; nothing of "
+                "it was applied",
+            )
+        if step % self.config.log_every and step != self.num_steps:
+            return
+        values = {key: np.asarray(value).tolist() for key, value in sorted(metrics.items())}
+        passed = time.perf_counter() - self.started
+        speed = {
+            "samples_per_second": self.rows / passed,
+            "data_wait": self.waited / passed,
+        }
+        left = passed / max(step - self.last, 1) * (self.num_steps - step)
+        self.waited, self.rows, self.started, self.last = 0.0, 0, time.perf_counter(), step
+        self._write({"step": step, **values, **speed})
+        self._say(step, {**values, **speed, "minutes_left": left / 60})
+
+    def evaluated(self, step, names, evaluators, state):
+        """Run evaluators and write what they say."""
+        for name in names:
+            began = time.perf_counter()
+            values = {f"{name}/{key}": value for key, value in evaluators[name].run(state).items()}
+            self.started += time.perf_counter() - began  # not the training's time
+            self._write({"step": step, **values})
+            self._say(step, values)
+
+    def _write(self, row):
+        if self.leads:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+    def _say(self, step, values):
+        if self.leads:
+            shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
+            self.say(f"step {step}/{self.num_steps}  {shown}")
+
+    def close(self):
+        """Close the file."""
+        if self.leads:
+            self.file.close()
+
+
+def _short(value):
+    return " ".join(map(_short, value)) if isinstance(value, list) else f"{value:.4g}"

@@ -1,0 +1,247 @@
+"""Checkpoints of a run in progress: state, data position and manifest as one step directory.
+
+A step counts only when Orbax has committed it and its digests are written: `steps` lists no other.
+Deleting is one rename into a bin that is emptied later, so a killed deletion leaves no half step
+behind (reliability.md, findings 1 and 2).
+"""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from gear_jax.train import checkpoint
+
+_BIN, _STATE, _META = ".trash", "state", "meta"
+
+
+class NoCheckpointError(Exception):
+    """Steps are there, and none of them can be used."""
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a step holds: `state` as the targets ask, `meta` as it was given."""
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+
+
+class RunCheckpoints:
+    """The checkpoints below one directory; one trainer writes, anybody may read."""
+
+    def __init__(self, directory, *, keep: int = 3, keep_every: int | None = None, read_only=False):
+        """Open the directory; a trainer also clears what a killed one left.
+
+        Args:
+            directory: made where it is not there.
+            keep: newest steps that stay.
+            keep_every: steps that are multiples of this stay as well.
+            read_only: for readers: nothing is written or cleared.
+        """
+        self.directory = pathlib.Path(directory).absolute()
+        self._leads = jax.process_index() == 0 and not read_only
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._sealing: concurrent.futures.Future | None = None
+        self._saving: int | None = None
+        if self._leads:
+            self._clear("*")
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            keep_period=keep_every,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            todelete_subdir=None if read_only else _BIN,
+            read_only=read_only,
+            save_interval_steps=1,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_handlers={_STATE: ocp.StandardCheckpointHandler(),
+                           _META: ocp.JsonCheckpointHandler()},
+        )  # fmt: skip
+        if self._leads:
+            self._empty_bin()
+            for step in self._manager.all_steps():  # committed, and then a kill came
+                if not checkpoint.has_digests(self.path(step)):
+                    checkpoint.write_digests(self.path(step), "crc32c")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints are open")
+
+    def steps(self) -> list[int]:
+        """Committed steps with digests, oldest first."""
+        self._manager.reload()
+        return sorted(s for s in self._manager.all_steps() if checkpoint.has_digests(self.path(s)))
+
+    def path(self, step: int) -> pathlib.Path:
+        """Directory of a step."""
+        return self.directory / str(step)
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Begin to save; the arrays are copied from the devices before this returns.
+
+        Args:
+            step: not saved yet.
+            state: tree of arrays.
+            meta: JSON.
+
+        Raises:
+            SaveError: this save, or the one before, could not be written.
+        """
+        self.wait()
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{_STATE: ocp.args.StandardSave(state), _META: ocp.args.JsonSave(meta)}
+                ),
+                force=True,
+            )
+        except Exception as error:
+            self._fail(step, error)
+        self._saving = step
+
+    def poll(self) -> None:
+        """Seal a save that has been committed; cheap, call it every step.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._seal(self._saving)
+        if self._sealing is not None and self._sealing.done():
+            self._finish_seal(self._sealing)
+
+    def wait(self) -> None:
+        """Return when everything begun is committed and sealed.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        if self._saving is not None:
+            self._seal(self._saving)
+        if self._sealing is not None:
+            self._finish_seal(self._sealing)
+
+    def _seal(self, step: int) -> None:
+        self._saving = None
+        try:
+            self._manager.wait_until_finished()
+            if step not in self._manager.all_steps():
+                raise OSError("it was not committed")
+        except Exception as error:
+            self._fail(step, error)
+        if self._leads:
+            self._sealing = self._pool.submit(self._write_digests, self.path(step))
+
+    def _write_digests(self, path: pathlib.Path) -> None:
+        checkpoint.write_digests(path, "crc32c")
+        self._empty_bin()
+
+    def _finish_seal(self, sealing: concurrent.futures.Future) -> None:
+        self._sealing = None
+        try:
+            sealing.result()
+        except OSError as error:
+            raise SaveError(f"{self.directory}: digests could not be written: {error}") from error
+
+    def _fail(self, step, error):
+        """Remove what a failed save left, so that it does not keep a full disk full."""
+        if self._leads:
+            self._clear(step)
+        raise SaveError(f"{self.path(step)}: could not be saved: {error}") from error
+
+    def _clear(self, step) -> None:
+        """Remove what a save that never ended left of a step."""
+        for left in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _empty_bin(self) -> None:
+        for left in (self.directory / _BIN).glob("*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def restore(self, targets: Any, *, say=print) -> Restored | None:
+        """The newest step whose files are what was written, or None when there is no step at all.
+
+        Args:
+            targets: tree of ShapeDtypeStruct with shardings.
+            say: told of every step that is passed over, and why.
+
+        Raises:
+            NoCheckpointError: there are steps, and all are damaged.
+            ValueError: the stored tree is not the one that `targets` describes.
+        """
+        step = self._newest_whole(say)
+        if step is None:
+            return None
+        args = {_STATE: ocp.args.StandardRestore(targets), _META: ocp.args.JsonRestore()}
+        try:
+            got = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path(step)}: not the parameters this config makes: {error}"
+            ) from error
+        return Restored(step, got[_STATE], got[_META])
+
+    def restore_part(self, targets: Any, *, say=print) -> Restored:
+        """Some of the newest whole step's arrays, such as the parameters without the optimiser.
+
+        Args:
+            targets: tree of ShapeDtypeStruct with shardings, of the keys that are wanted.
+            say: told of every step that is passed over, and why.
+
+        Raises:
+            NoCheckpointError: no step, or all are damaged.
+            ValueError: the stored arrays are not those that `targets` describes.
+        """
+        step = self._newest_whole(say)
+        if step is None:
+            raise NoCheckpointError(f"{self.directory}: no checkpoint")
+        arguments = ocp.checkpoint_utils.construct_restore_args(targets)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            try:
+                state = checkpointer.restore(
+                    self.path(step) / _STATE,
+                    args=ocp.args.PyTreeRestore(targets, arguments, partial_restore=True),
+                )
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path(step)}: not the arrays this config makes: {error}"
+                ) from error
+        return Restored(step, state, self._meta(step))
+
+    def _newest_whole(self, say) -> int | None:
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                checkpoint.verify_digests(self.path(step))
+            except ValueError as error:
+                say(f"step {step} is passed over: {error}")
+                continue
+            return step
+        if steps:
+            raise NoCheckpointError(f"{self.directory}: steps {steps}: all damaged")
+        return None
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(**{_META: ocp.args.JsonRestore()})
+        return self._manager.restore(step, args=args)[_META]
+
+    def close(self) -> None:
+        """Wait, and let go of the directory."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._manager.close()
