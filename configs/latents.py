@@ -57,7 +57,7 @@ def get_config(size="full"):
         "entropy": 0.05,
         "temperature": 0.1,
         "decay": 0.99,
-        "spread_decay": 0.95,
+        "spread_decay": 0.8,
         "restart_usage": 0.1,
         "restart_steps": 50,
         "standardize": True,
@@ -105,7 +105,7 @@ def _small(config):
         image_size=16, patch_size=4, width=64, num_heads=2, mlp_dim=128, encoder_depth=2,
         query_depth=1, decoder_depth=2, code_dim=4, remat="none", dtype="float32",
     )  # fmt: skip
-    config.optim.update(lr=3e-3, warmup_steps=50, num_steps=3500)
+    config.optim.update(lr=3e-3, warmup_steps=50, num_steps=4500)
     config.data.sets = {
         "shapes": {
             **_set("shapes", "shapes"),

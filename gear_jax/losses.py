@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-IGNORE = -100  # label of a position that carries no loss
+from gear_jax.data.sequences import IGNORE
 
 
 def next_token_loss(logits, labels):

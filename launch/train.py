@@ -7,6 +7,7 @@ Exit codes: 0 done; 3 no usable checkpoint; 4 data or config that cannot be used
 that were not finite; 6 a checkpoint could not be written; 7 latent actions collapsed.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -61,7 +62,8 @@ def train(config, workdir):
     for key in ("loop", "mesh"):  # how it is run, not what is learned
         del record[key]
     loop_config = loop.LoopConfig(**config.loop)
-    return loop.run(stage, loop_config, workdir, mesh, seed=config.seed, record=record)
+    say = functools.partial(print, flush=True)
+    return loop.run(stage, loop_config, workdir, mesh, seed=config.seed, record=record, say=say)
 
 
 def _fill(sizes):

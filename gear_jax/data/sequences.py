@@ -1,10 +1,256 @@
-"""Token rows: the only place that knows token order. So far: where each token stands in m-rope."""
+"""Token rows: the only place that knows token order, labels, groups and places in m-rope.
 
+    robot:  system, user: views, instruction, state; assistant: latent block, FAST block
+    video:  system, user: view, instruction;         assistant: latent block
+    asked:  system, user: images, question;          assistant: answer
+
+Who may see whom is said by three integers a token: its segment, its group, and the groups that are
+hidden from it (towers/attention.py). Source: GEAR-VLA Fig. 2, systems.md 2.2, 2.3 and 2.5.
+"""
+
+import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from gear_jax.types import VIEWS
+
 TEXT, IMAGE, VIDEO = 0, 1, 2
+
+# Groups of keys, as bits: what modality dropping can hide.
+OTHER, HEAD, WRIST, STATE = 0, 1, 2, 4
+_VIEW_GROUPS = {"head": HEAD, "left_wrist": WRIST, "right_wrist": WRIST}
+_VIEW_MARKS = {"head": "head", "left_wrist": "left", "right_wrist": "right"}
+STATE_TOKENS = 4
+IGNORE = -100
+_OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+_TURN = "<|im_end|>\n<|im_start|>assistant\n"
+_ALONE = 1000  # segments from here on hold tokens that see and are seen by nothing but themselves
+
+
+class Tokenizer(Protocol):
+    """What rows need of a text tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a template."""
+        ...
+
+    def id(self, token: str) -> int:
+        """Id of one token."""
+        ...
+
+    def check_user_text(self, text: str) -> None:
+        """Raise ValueError where text spells a reserved token."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceConfig:
+    """Lengths and what rows hold (systems.md 2.3).
+
+    Attributes:
+        length: T; longer rows are an error.
+        view_grid: rows and columns of merged patches of a view.
+        transitions: of the latent block.
+        codes: of a transition.
+        fast_length: longest FAST sequence; a longer one gets no FAST block.
+        with_latents: False leaves the latent block out.
+        with_fast: False leaves the FAST block out.
+        prompt_only: end with the token that opens the latent block: what a policy goes on from.
+    """
+
+    length: int = 1280
+    view_grid: tuple[int, int] = (16, 16)
+    transitions: int = 5
+    codes: int = 4
+    fast_length: int = 256
+    with_latents: bool = True
+    with_fast: bool = True
+    prompt_only: bool = False
+
+
+class _Row:
+    """One row as it grows."""
+
+    def __init__(self):
+        self.columns = {name: [] for name in ("tokens", "labels", "segments", "groups", "acts",
+                                              "insert_index", "types", "latent")}  # fmt: skip
+
+    def add(self, tokens, *, label=False, segment=1, group=OTHER, act=False, insert=-1, kind=TEXT,
+            latent=-1):  # fmt: skip
+        """Append tokens; what is said of all of them may be one value or one for each."""
+        tokens = np.atleast_1d(np.asarray(tokens, np.int32))
+        values = {
+            "tokens": tokens,
+            "labels": np.where(label, tokens, IGNORE),
+            "segments": segment,
+            "groups": group,
+            "acts": act,
+            "insert_index": insert,
+            "types": kind,
+            "latent": latent,
+        }
+        for name, value in values.items():
+            self.columns[name].append(np.broadcast_to(value, tokens.shape))
+
+    def finish(self):
+        """{name: int32[n]}."""
+        return {name: np.concatenate(parts) for name, parts in self.columns.items()}
+
+
+def token_rows(
+    batch: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    config: SequenceConfig,
+    fast: Sequence[np.ndarray | None],
+) -> dict[str, np.ndarray]:
+    """Rows of a batch of the stream, padded on the right.
+
+    Args:
+        batch: of `pipeline.Stream`: instruction, answer, view_mask bool[B, V], state with arm_mask,
+            latent_ids int[B, T, C] and latent_mask bool[B, T].
+        tokenizer: with GEAR-VLA's ranges.
+        config: lengths.
+        fast: FAST ids of each row's chunk, from 0; None for rows without actions.
+
+    Returns:
+        tokens, labels (`IGNORE` where nothing is learned), segments, groups, int32[B, T]; acts
+        bool[B, T], rows that modality dropping concerns; insert_index int32[B, T] into the views'
+        embeddings and then the four state tokens; positions int32[3, B, T]; latent_index int32[B,
+        M], where each latent token stands, and latent_valid bool[B, M].
+
+    Raises:
+        ValueError: a row that is too long, or text that spells a reserved token.
+    """
+    ids = _Ids.of(tokenizer)
+    rows, grids = [], []
+    for index in range(len(batch["instruction"])):
+        row, views = _row(batch, index, tokenizer, ids, config, fast[index])
+        if len(row["tokens"]) > config.length:
+            raise ValueError(
+                f"row {index} has {len(row['tokens'])} tokens, expected up to {config.length}: "
+                f"{batch['instruction'][index][:60]!r}"
+            )
+        rows.append(row)
+        grids += [(1, 2 * config.view_grid[0], 2 * config.view_grid[1])] * views
+    fill = {"labels": IGNORE, "insert_index": -1, "latent": -1}
+    out = {
+        name: np.stack([
+            np.pad(row[name], (0, config.length - len(row[name])),
+                   constant_values=fill.get(name, 0)) for row in rows
+        ])
+        for name in rows[0]
+    }  # fmt: skip
+    valid = np.arange(config.length)[None] < np.array([len(row["tokens"]) for row in rows])[:, None]
+    out["positions"], _ = mrope_positions(out.pop("types"), valid, grids, [])
+    latent = out.pop("latent")
+    count = config.transitions * config.codes
+    out["latent_index"] = np.zeros((len(rows), count), np.int32)
+    out["latent_valid"] = np.zeros((len(rows), count), bool)
+    for row, column in np.argwhere(latent >= 0):
+        out["latent_index"][row, latent[row, column]] = column
+        out["latent_valid"][row, latent[row, column]] = out["segments"][row, column] == 1
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ids:
+    """Ids of the tokens that rows are made of."""
+
+    pad: int
+    vision: tuple[int, int]
+    views: Mapping[str, int]
+    state: tuple[int, int, int]
+    latent: tuple[int, int, int]
+    fast: tuple[int, int, int]
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer):
+        one = tokenizer.id
+        return cls(
+            pad=one("<|image_pad|>"),
+            vision=(one("<|vision_start|>"), one("<|vision_end|>")),
+            views={view: one(f"<|view_{mark}|>") for view, mark in _VIEW_MARKS.items()},
+            state=(one("<|state_start|>"), one("<|state_pad|>"), one("<|state_end|>")),
+            latent=(one("<|la_start|>"), one("<la_0>"), one("<|la_end|>")),
+            fast=(one("<|fast_start|>"), one("<fast_0000>"), one("<|fast_end|>")),
+            end=one("<|im_end|>"),
+        )
+
+
+def _row(batch, index, tokenizer, ids, config, fast):
+    """One row and its number of images."""
+    asked = bool(batch["answer"][index])
+    row, views = _Row(), 0
+    row.add(tokenizer.encode(_OPENING))
+    size = config.view_grid[0] * config.view_grid[1]
+    for place, view in enumerate(VIEWS):
+        there = bool(batch["view_mask"][index, place])
+        if asked and not there:
+            continue
+        # an absent view keeps its place, and is alone with itself
+        segment = 1 if there else _ALONE + place
+        if not asked:
+            row.add(ids.views[view], segment=segment)
+        row.add(ids.vision[0], segment=segment)
+        row.add([ids.pad] * size, segment=segment, group=_VIEW_GROUPS[view], kind=IMAGE,
+                insert=np.arange(place * size, (place + 1) * size))  # fmt: skip
+        row.add(ids.vision[1], segment=segment)
+        views += 1
+    tokenizer.check_user_text(batch["instruction"][index])
+    row.add(tokenizer.encode(batch["instruction"][index]))
+    if asked:
+        tokenizer.check_user_text(batch["answer"][index])
+        row.add(tokenizer.encode(_TURN))
+        row.add([*tokenizer.encode(batch["answer"][index]), ids.end], label=True)
+        return row.finish(), views
+    arms = batch["state"]["arm_mask"][index]
+    if arms.any():
+        _state(row, batch["state"], index, ids, len(VIEWS) * size)
+    row.add(tokenizer.encode(_TURN))
+    if config.prompt_only:
+        row.add(ids.latent[0], act=True)
+        return row.finish(), views
+    if config.with_latents:
+        mask = np.repeat(batch["latent_mask"][index], config.codes)
+        count = config.transitions * config.codes
+        row.add(ids.latent[0], label=mask.any(), act=True)
+        row.add(
+            ids.latent[1] + batch["latent_ids"][index].reshape(-1),
+            label=mask,
+            act=True,
+            latent=np.arange(count),
+            segment=np.where(mask, 1, _ALONE + len(VIEWS) + STATE_TOKENS + np.arange(count)),
+        )
+        row.add(ids.latent[2], label=mask.any(), act=True)
+    if config.with_fast and fast is not None and len(fast) <= config.fast_length:
+        row.add(
+            [ids.fast[0], *(ids.fast[1] + np.asarray(fast, np.int32)), ids.fast[2]],
+            label=True,
+            act=True,
+        )
+    row.add(ids.end, label=True)
+    return row.finish(), views
+
+
+def _state(row, state, index, ids, first):
+    """Four places for the state; those of an arm, or of a part of it, that is not known are alone.
+
+    The order is that of the state projector: end effector and joints of each arm in turn.
+    """
+    known = np.stack([state["ee_mask"][index], state["joint_mask"][index].any(axis=-1)], axis=-1)
+    places = np.arange(STATE_TOKENS)
+    row.add(ids.state[0])
+    row.add(
+        [ids.state[1]] * STATE_TOKENS,
+        group=STATE,
+        insert=first + places,
+        segment=np.where(known.reshape(-1), 1, _ALONE + len(VIEWS) + places),
+    )
+    row.add(ids.state[2])
 
 
 def token_types(tokens, image_token, video_token):

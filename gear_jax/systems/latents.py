@@ -43,7 +43,7 @@ class LatentLossConfig:
     entropy: float = 0.05
     temperature: float = 0.1
     decay: float = 0.99
-    spread_decay: float = 0.95
+    spread_decay: float = 0.8
     restart_usage: float = 0.1
     restart_steps: int = 50
     standardize: bool = True
@@ -97,9 +97,8 @@ def standardize(codebook, z):
         z: float32[B, T, C, d].
     """
     weight = jnp.maximum(codebook["weight"], _TINY)
-    mean, var = codebook["mean"] / weight, codebook["var"] / weight
-    var = jnp.where(codebook["weight"] > 0, var, 1.0)
-    return _scaled(z, mean, var)
+    var = jnp.where(codebook["weight"] > 0, codebook["var"] / weight, 1.0)
+    return _scaled(z, codebook["mean"] / weight, var)
 
 
 def _scaled(z, mean, var):
@@ -184,8 +183,8 @@ def loss(params, cfg, codebook, frames, mask, config, rng, targets=None):
     spread = {}
     if config.standardize:
         mean, var = _moments(z, mask)
-        z = _scaled(z, mean, var)
         spread = _averaged(codebook, mean, var, config.spread_decay)
+        z = _scaled(z, mean, var)
     near = similarity(cfg, codebook, z)
     ids, codes, z = quantize(cfg, codebook, z)
     if targets is None:

@@ -100,7 +100,7 @@ def view_embeddings(params, cfg, images, view_mask=None):
     return merged.reshape(batch, -1, merged.shape[-1])
 
 
-def forward(params, cfg, batch, inserts=None, taps=()):
+def forward(params, cfg, batch, inserts=None, taps=(), hidden_groups=None):
     """The language tower over a whole sequence.
 
     Args:
@@ -109,6 +109,7 @@ def forward(params, cfg, batch, inserts=None, taps=()):
         batch: see the module's first lines.
         inserts: [B, I, D] for `insert_index`; by default the embeddings of `batch["visual"]`.
         taps: layers of the language tower to return.
+        hidden_groups: int32[B, T] or None, bits of `batch["groups"]` that a token does not see.
 
     Returns:
         hidden [B, T, D], (keys, values) each [L, B, T, K, H], taps [len(taps), B, T, D].
@@ -123,6 +124,8 @@ def forward(params, cfg, batch, inserts=None, taps=()):
         inserts,
         batch.get("insert_index"),
         taps=taps,
+        hidden=hidden_groups,
+        groups=None if hidden_groups is None else batch["groups"],
     )
 
 

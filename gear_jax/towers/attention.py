@@ -3,6 +3,7 @@
 Who may see whom is said with small integers, never with a [T, S] array made by a caller: a query
 sees a key when their segments are equal and, if `causal`, when the key does not come later.
 Padding, packing, several images in one row, attention windows and absent views are all segments.
+Modality dropping is a second pair: the groups that a key is of, and those hidden from a query.
 """
 
 import functools
@@ -60,7 +61,8 @@ def rotate(x, angles):
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def attend(q, k, v, *, backend="xla", causal=False, q_segments=None, kv_segments=None):
+def attend(q, k, v, *, backend="xla", causal=False, q_segments=None, kv_segments=None,
+           hidden=None, kv_groups=None):  # fmt: skip
     """Scaled dot-product attention with grouped query heads; the softmax is taken in float32.
 
     Args:
@@ -73,20 +75,30 @@ def attend(q, k, v, *, backend="xla", causal=False, q_segments=None, kv_segments
             all memory and its own keys up to t.
         q_segments: int32[B, T] or None (everything is one segment).
         kv_segments: int32[B, S] or None; given if and only if `q_segments` is.
+        hidden: int32[B, T] or None, bits of the groups whose keys a query does not see. It must
+            keep some key, mostly its own.
+        kv_groups: int32[B, S] or None, bits of the groups that a key is of; given if and only if
+            `hidden` is.
 
     Returns:
         [B, T, N, H] in q's dtype. A query whose segment holds no key gets some finite average.
 
     Raises:
-        ValueError: unknown backend.
+        ValueError: unknown backend, or hidden groups where the backend has segments only.
     """
     if backend in ("xla", "cudnn"):
-        plain_causal = causal and q_segments is None and q.shape[1] == k.shape[1]
+        plain = q_segments is None and hidden is None
+        plain_causal = causal and plain and q.shape[1] == k.shape[1]
         mask = None if plain_causal else _mask(q, k, causal, q_segments, kv_segments)
+        if hidden is not None:
+            seen = (hidden[:, None, :, None] & kv_groups[:, None, None, :]) == 0
+            mask = seen if mask is None else jnp.logical_and(seen, mask)
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=plain_causal, implementation=backend
         )
     if backend in ("splash", "splash_interpret"):
+        if hidden is not None:
+            raise ValueError(f"attention backend {backend!r} cannot hide groups: use xla")
         return _splash(q, k, v, causal, q_segments, kv_segments, backend == "splash_interpret")
     raise ValueError(f"attention backend {backend!r} is unknown: expected one of {BACKENDS}")
 

@@ -42,7 +42,7 @@ class _Block(nn.Module):
     cfg: QwenLanguageConfig
 
     @nn.compact
-    def __call__(self, x, memory, angles, segments, kv_segments):
+    def __call__(self, x, memory, angles, segments, kv_segments, hidden, groups):
         c = self.cfg
         types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         heads = functools.partial(nn.DenseGeneral, **types)
@@ -66,6 +66,8 @@ class _Block(nn.Module):
             causal=True,
             q_segments=segments,
             kv_segments=kv_segments,
+            hidden=hidden,
+            kv_groups=groups,
         )
         y = checkpoint_name(y, "attention")
         x = x + heads(c.width, axis=(-2, -1), use_bias=False, name="o")(y)
@@ -91,6 +93,8 @@ class QwenLanguage(nn.Module):
         memory=None,
         memory_segments=None,
         taps=(),
+        hidden=None,
+        groups=None,
     ):
         """Hidden states of T tokens, and their keys and values for later tokens.
 
@@ -105,6 +109,9 @@ class QwenLanguage(nn.Module):
             memory: (keys, values), each [L, B, M, K, H], of earlier tokens, keys already turned.
             memory_segments: int32[B, M]; a slot not yet filled has a segment that no token has.
             taps: layers whose output, before the final norm, is returned as well.
+            hidden: int32[B, T] or None, bits of the groups whose keys a token does not see; without
+                `memory` only.
+            groups: int32[B, T] or None, bits of the groups that a token is of.
 
         Returns:
             hidden [B, T, D] after the final norm; (keys, values), each [L, B, T, K, H], of these
@@ -131,6 +138,8 @@ class QwenLanguage(nn.Module):
             angles,
             segments,
             kv_segments,
+            hidden,
+            groups,
             length=c.depth,
             remat=c.remat,
             taps=taps,

@@ -122,3 +122,19 @@ def test_multimodal_sections_turn_with_their_own_axis():
     frequencies = 1e4 ** -(np.arange(4) / 4)
     expected = np.array([[1, 10, 10, 100], [2, 20, 20, 200]]) * frequencies
     np.testing.assert_allclose(angles[0, :, 0], expected, rtol=1e-6)
+
+
+def test_hidden_groups_get_no_attention_and_other_queries_see_them_as_before():
+    # keys: two of group 1, one of group 2, one of none; queries: hide none, 1, 2, both
+    groups = jnp.array([[1, 1, 2, 0]] * 2)
+    hidden = jnp.array([[0, 1, 2, 3]] * 2)
+    q, k, v = _qkv(np.random.default_rng(1), 4, 4)
+    seen = [[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 1], [0, 0, 0, 1]]
+    run = jax.jit(attention.attend)
+    out = run(q, k, v, hidden=hidden, kv_groups=groups)
+    np.testing.assert_allclose(out, _plain(q, k, v, np.array([seen] * 2, bool)), atol=1e-5)
+    np.testing.assert_array_equal(
+        run(q, k, v.at[:, :2].add(7.0), hidden=hidden, kv_groups=groups)[:, [1, 3]], out[:, [1, 3]]
+    )
+    with pytest.raises(ValueError, match="'splash' cannot hide groups"):
+        attention.attend(q, k, v, backend="splash", hidden=hidden, kv_groups=groups)

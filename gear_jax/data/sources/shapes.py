@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ class _Drawn:
     def images(self, key: str) -> Sequence[Image]:
         if key != VIDEO:
             raise DataError(f"{self.where}: key {key!r} has no images")
-        return list(self._frames)
+        return _Frames(self)
 
     @functools.cached_property
     def _path(self) -> np.ndarray:
@@ -123,8 +124,8 @@ class _Drawn:
         return np.stack(path)
 
     @functools.cached_property
-    def _frames(self) -> np.ndarray:
-        """All frames, uint8[E, S, S, 3]."""
+    def _scene(self) -> tuple[np.ndarray, list[tuple], np.ndarray]:
+        """What stands still, what moves (kind, start, radius, colour), and the light per frame."""
         s = self.source
         rng = np.random.default_rng([s.seed, self.number, 1])
         size = s.image_size
@@ -141,14 +142,29 @@ class _Drawn:
             )
             for _ in range(s.num_movers)
         ]
-        flicker = rng.uniform(-s.flicker, s.flicker, s.num_steps)
-        frames = []
-        for moved, light in zip(self._path, flicker, strict=True):
-            frame = ground
-            for kind, start, radius, colour in movers:
-                frame = _paint(frame, kind, start + moved, radius, colour)
-            frames.append(frame + light)
-        return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
+        return ground, movers, rng.uniform(-s.flicker, s.flicker, s.num_steps)
+
+    def draw(self, step: int) -> Image:
+        """One frame uint8[S, S, 3]."""
+        frame, movers, light = self._scene
+        for kind, start, radius, colour in movers:
+            frame = _paint(frame, kind, start + self._path[step], radius, colour)
+        return np.clip(np.rint(frame + light[step]), 0, 255).astype(np.uint8)
+
+
+class _Frames(Sequence):
+    """Frames of an episode, each drawn when it is asked for."""
+
+    def __init__(self, episode: _Drawn):
+        self.episode = episode
+
+    def __len__(self) -> int:
+        return self.episode.num_steps
+
+    def __getitem__(self, step: Any) -> Any:
+        if not 0 <= step < len(self):
+            raise IndexError(f"{self.episode.where}: no frame {step} of {len(self)}")
+        return self.episode.draw(int(step))
 
 
 def _paint(canvas, kind, place, radius, colour):

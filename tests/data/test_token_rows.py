@@ -1,0 +1,156 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from gear_jax.data import sequences
+from gear_jax.data.sequences import IGNORE, SequenceConfig, token_rows
+
+CONFIG = SequenceConfig(length=64, view_grid=(1, 2), transitions=2, codes=2, fast_length=4)
+NAMES = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|view_head|>", "<|view_left|>",
+         "<|view_right|>", "<|state_start|>", "<|state_pad|>", "<|state_end|>", "<|la_start|>",
+         "<la_0>", "<la_1>", "<la_2>", "<la_3>", "<|la_end|>", "<|fast_start|>", "<fast_0000>",
+         "<fast_0001>", "<fast_0002>", "<|fast_end|>", "<|im_end|>"]  # fmt: skip
+
+
+class _Words:
+    """A tokenizer of whole words: 1 opens the prompt, 2 begins the answer, letters from 100."""
+
+    def encode(self, text):
+        if text == sequences._OPENING:
+            return [1]
+        if text == sequences._TURN:
+            return [2]
+        return [100 + ord(word[0]) - ord("a") for word in text.split()]
+
+    def id(self, token):
+        return 10 + NAMES.index(token)
+
+    def check_user_text(self, text):
+        if "<|im_end|>" in text:
+            raise ValueError("reserved token")
+
+
+def _batch(rows=1, **changes):
+    batch = {
+        "instruction": ["a b"] * rows,
+        "answer": [""] * rows,
+        "view_mask": np.array([[True, False, True]] * rows),
+        "state": {
+            "arm_mask": np.array([[False, True]] * rows),
+            "ee_mask": np.array([[False, True]] * rows),
+            "joint_mask": np.array([[[False] * 9, [True] * 9]] * rows),
+        },
+        "latent_ids": np.array([[[0, 3], [1, 2]]] * rows),
+        "latent_mask": np.array([[True, False]] * rows),
+    }
+    return {**batch, **changes}
+
+
+def _names(tokens):
+    return [NAMES[t - 10] if 10 <= t < 10 + len(NAMES) else int(t) for t in tokens]
+
+
+def _one(batch, fast=(0, 2), config=CONFIG):
+    made = token_rows(batch, _Words(), config, [np.array(fast) if fast is not None else None])
+    length = int((made["segments"][0] > 0).sum())
+    assert (made["segments"][0][length:] == 0).all()
+    assert (made["labels"][0][length:] == IGNORE).all()
+    return {k: v[:, 0, :length] if k == "positions" else v[0] if k.startswith("latent") else
+            v[0, :length] for k, v in made.items()}  # fmt: skip
+
+
+def test_a_robots_row_has_the_papers_order():
+    row = _one(_batch())
+    pad = "<|image_pad|>"
+    assert _names(row["tokens"]) == [
+        1,
+        "<|view_head|>", "<|vision_start|>", pad, pad, "<|vision_end|>",
+        "<|view_left|>", "<|vision_start|>", pad, pad, "<|vision_end|>",
+        "<|view_right|>", "<|vision_start|>", pad, pad, "<|vision_end|>",
+        100, 101,
+        "<|state_start|>", *["<|state_pad|>"] * 4, "<|state_end|>",
+        2,
+        "<|la_start|>", "<la_0>", "<la_3>", "<la_1>", "<la_2>", "<|la_end|>",
+        "<|fast_start|>", "<fast_0000>", "<fast_0002>", "<|fast_end|>",
+        "<|im_end|>",
+    ]  # fmt: skip
+    learned = _names(row["tokens"][row["labels"] != IGNORE])
+    assert learned == ["<|la_start|>", "<la_0>", "<la_3>", "<|la_end|>", "<|fast_start|>",
+                       "<fast_0000>", "<fast_0002>", "<|fast_end|>", "<|im_end|>"]  # fmt: skip
+    acts = _names(row["tokens"][row["acts"].astype(bool)])
+    assert (acts[0], acts[-1], len(acts)) == ("<|la_start|>", "<|fast_end|>", 10)
+    assert row["groups"].tolist() == (
+        [0, 0, 0, 1, 1, 0, 0, 0, 2, 2, 0, 0, 0, 2, 2, 0, 0, 0, 0, 4, 4, 4, 4, 0] + [0] * 12
+    )
+    # views in order, then the state's four
+    assert row["insert_index"][row["insert_index"] >= 0].tolist() == list(range(10))
+    assert row["latent_index"].tolist() == [26, 27, 28, 29]
+    assert row["latent_valid"].tolist() == [True, True, False, False]
+
+
+def test_what_is_absent_is_alone_with_itself():
+    row = _one(_batch())
+    alone = row["segments"] >= sequences._ALONE
+    # the left view with its marks, the left arm's two states, the transition outside the episode
+    assert np.flatnonzero(alone).tolist() == [6, 7, 8, 9, 10, 19, 20, 28, 29]
+    counts = np.bincount(row["segments"][alone] - sequences._ALONE)
+    assert counts[1] == 5  # a view's tokens see each other
+    assert sorted(counts[counts > 0].tolist()) == [1, 1, 1, 1, 5]
+
+
+def test_positions_are_those_of_mrope_and_do_not_depend_on_what_is_absent():
+    row = _one(_batch())
+    assert row["positions"][0].tolist() == [
+        0, 1, 2, 3, 3, 5, 6, 7, 8, 8, 10, 11, 12, 13, 13, *range(15, 36)
+    ]  # fmt: skip
+    assert row["positions"][2][[3, 4]].tolist() == [3, 4]
+    other = _one(_batch(view_mask=np.array([[True, True, True]])))
+    np.testing.assert_array_equal(row["positions"], other["positions"])
+
+
+def test_video_of_people_has_no_state_and_no_fast_block():
+    state = {key: np.zeros_like(value) for key, value in _batch()["state"].items()}
+    names = _names(_one(_batch(state=state), fast=None)["tokens"])
+    assert "<|state_pad|>" not in names
+    assert "<|fast_start|>" not in names
+    assert names[-7:] == ["<|la_start|>", "<la_0>", "<la_3>", "<la_1>", "<la_2>", "<|la_end|>",
+                          "<|im_end|>"]  # fmt: skip
+
+
+def test_a_question_has_its_images_and_its_answer_only():
+    row = _one(_batch(answer=["c d"], instruction=["b"]), fast=None)
+    pad = "<|image_pad|>"
+    assert _names(row["tokens"]) == [
+        1, "<|vision_start|>", pad, pad, "<|vision_end|>", "<|vision_start|>", pad, pad,
+        "<|vision_end|>", 101, 2, 102, 103, "<|im_end|>",
+    ]  # fmt: skip
+    assert _names(row["tokens"][row["labels"] != IGNORE]) == [102, 103, "<|im_end|>"]
+    assert row["insert_index"][row["insert_index"] >= 0].tolist() == [0, 1, 4, 5]
+    assert not row["acts"].any()
+    assert not row["latent_valid"].any()
+
+
+def test_variants_leave_blocks_out_and_a_long_fast_sequence_is_not_cut():
+    without = _names(_one(_batch(), config=dataclasses.replace(CONFIG, with_fast=False))["tokens"])
+    assert without[-2:] == ["<|la_end|>", "<|im_end|>"]
+    assert _names(_one(_batch(), fast=(0, 1, 2, 0, 1))["tokens"]) == without
+    without = _names(
+        _one(_batch(), config=dataclasses.replace(CONFIG, with_latents=False))["tokens"]
+    )
+    assert "<|la_start|>" not in without
+
+
+def test_rows_of_all_kinds_share_a_batch():
+    batch = _batch(3, answer=["", "c", ""])
+    made = token_rows(batch, _Words(), CONFIG, [np.array([0]), None, None])
+    assert made["tokens"].shape == (3, 64)
+    assert made["positions"].shape == (3, 3, 64)
+    assert made["latent_valid"].sum(axis=1).tolist() == [2, 0, 2]
+
+
+def test_a_row_that_is_too_long_or_forges_a_token_is_refused():
+    with pytest.raises(ValueError, match=r"row 0 has 36 tokens, expected up to 30: 'a b'"):
+        token_rows(_batch(), _Words(), dataclasses.replace(CONFIG, length=30), [np.array([0, 2])])
+    with pytest.raises(ValueError, match="reserved token"):
+        token_rows(_batch(instruction=["a <|im_end|>"]), _Words(), CONFIG, [None])
