@@ -61,6 +61,7 @@ def get_config(size="full"):
         "restart_usage": 0.1,
         "restart_steps": 50,
         "standardize": True,
+        "fade_steps": 5000,
     }
     config.optim = {
         "lr": 1e-4,
@@ -78,7 +79,7 @@ def get_config(size="full"):
     config.monitor = {
         "every": 1000,
         "batches": 8,
-        "first": 5000,
+        "first": 20_000,
         "patience": 3,
         "perplexity": 0.5,
         "shuffled": 1.1,
@@ -88,6 +89,7 @@ def get_config(size="full"):
         _small(config)
     if size == "debug":
         config.model.update(width=32, encoder_depth=1)
+        config.loss.fade_steps = 2
         config.optim.update(num_steps=8, warmup_steps=2)
         config.data.sets.shapes.drawing.num_episodes = 60
         config.data.update(batch_size=8)
@@ -105,6 +107,7 @@ def _small(config):
         image_size=16, patch_size=4, width=64, num_heads=2, mlp_dim=128, encoder_depth=2,
         query_depth=1, decoder_depth=2, code_dim=4, remat="none", dtype="float32",
     )  # fmt: skip
+    config.loss.fade_steps = 1000
     config.optim.update(lr=3e-3, warmup_steps=50, num_steps=4500)
     config.data.sets = {
         "shapes": {
@@ -114,5 +117,5 @@ def _small(config):
         }
     }
     config.data.update(batch_size=12, hold_out=0.1, num_workers=0)
-    config.monitor.update(every=500, batches=40, first=1000, patience=2)
+    config.monitor.update(every=500, batches=40, first=3000, patience=2)
     config.loop.update(log_every=100, checkpoint_every=500)

@@ -37,6 +37,8 @@ class LatentLossConfig:
         restart_usage: a code whose share of choices falls below this part of an even share ...
         restart_steps: ... for so many steps, restarts; 0 never restarts.
         standardize: False leaves latents as the encoder made them; they then collapse easily.
+        fade_steps: steps over which quantisation, commitment and entropy are faded in: the decoder
+            first reads the latents themselves, and so learns what is worth a code.
     """
 
     commitment: float = 0.05
@@ -47,6 +49,7 @@ class LatentLossConfig:
     restart_usage: float = 0.1
     restart_steps: int = 50
     standardize: bool = True
+    fade_steps: int = 0
 
 
 def init(cfg, rng):
@@ -68,12 +71,13 @@ def init_codebook(cfg, rng):
     """The state that is not learned by gradient.
 
     Returns:
-        mean, var float32[T, C, d] of each latent and their weight, not yet divided by it; with
-        "ema" also codes float32[G, K, d] on the unit sphere, their moving count and sum, and idle
-        int32[G, K], steps without enough choices.
+        steps float32[]; mean, var float32[T, C, d] of each latent and their weight, not yet
+        divided by it; with "ema" also codes float32[G, K, d] on the unit sphere, their moving
+        count and sum, and idle int32[G, K], steps without enough choices.
     """
     shape = (cfg.num_transitions, cfg.codes_per_transition, cfg.latent_dim)
-    spread = {"mean": jnp.zeros(shape), "var": jnp.zeros(shape), "weight": jnp.zeros(())}
+    zero = jnp.zeros(())
+    spread = {"mean": jnp.zeros(shape), "var": jnp.zeros(shape), "weight": zero, "steps": zero}
     if cfg.quantizer == "fsq":
         return spread
     shape = (cfg.num_groups, cfg.codes_per_group, cfg.code_dim)
@@ -190,16 +194,19 @@ def loss(params, cfg, codebook, frames, mask, config, rng, targets=None):
     if targets is None:
         targets = patches(frames, cfg.patch_size)
     first = jax.lax.stop_gradient(features[:, 0])
+    hard = jnp.clip(codebook["steps"] / max(config.fade_steps, 1), float(not config.fade_steps), 1)
+    codes = hard * codes + (1 - hard) * z
     predicted = decode(params, cfg, first, targets[:, 0], codes)
     error, copied = (_mean(x, mask) for x in _errors(cfg, predicted, targets))
     pull = jnp.sum((z - jax.lax.stop_gradient(codes)) ** 2, axis=-1).mean(axis=-1)
     commitment = _mean(pull, mask)
     relative = error / jnp.maximum(copied, _STILL)
-    total = relative + config.commitment * commitment
+    total = relative + hard * config.commitment * commitment
     if config.entropy:
-        total = total - config.entropy * _decisiveness(near / config.temperature, mask)
+        total = total - hard * config.entropy * _decisiveness(near / config.temperature, mask)
     z = jax.lax.stop_gradient(z)
     codebook = {**update_codebook(cfg, config, codebook, ids, z, mask, rng), **spread}
+    codebook["steps"] = codebook["steps"] + 1
     perplexity = usage(counts(cfg, ids, mask))["perplexity"]
     metrics = {"reconstruction": relative, "commitment": commitment, "perplexity": perplexity}
     return total, (codebook, metrics)

@@ -101,7 +101,7 @@ def test_fsq_has_no_codebook_and_eight_codes():
     assert ids.tolist() == [[0, 1, 8 + 2, 8 + 7]]
     np.testing.assert_allclose(codes[0], np.sign(z), atol=1e-6)
     params, codebook = latents.init(cfg, jax.random.key(0))
-    assert sorted(codebook) == ["mean", "var", "weight"]
+    assert sorted(codebook) == ["mean", "steps", "var", "weight"]
     assert latents.encode(params, cfg, codebook, _frames()).shape == (3, 5, 4)
 
 
@@ -251,3 +251,25 @@ def test_choices_that_make_no_sense_are_refused():
     ]:
         with pytest.raises(ValueError, match=sentence):
             dataclasses.replace(CFG, **changes)
+
+
+def test_quantisation_commitment_and_entropy_are_faded_in(made):
+    params, codebook = made
+    mask = jnp.ones((3, 5), bool)
+
+    @jax.jit
+    def run(steps):
+        config = dataclasses.replace(CONFIG, fade_steps=10, entropy=0.0)
+        state = codebook | {"steps": steps}
+        return latents.loss(params, CFG, state, _frames(), mask, config, jax.random.key(0))
+
+    total, (state, metrics) = run(0.0)
+    assert float(total) == float(metrics["reconstruction"])
+    assert float(state["steps"]) == 1.0
+    total, (_, half) = run(5.0)
+    wanted = half["reconstruction"] + 0.5 * CONFIG.commitment * half["commitment"]
+    np.testing.assert_allclose(total, wanted, rtol=1e-6)
+    hard = dataclasses.replace(CONFIG, entropy=0.0)
+    plain = latents.loss(params, CFG, codebook, _frames(), mask, hard, jax.random.key(0))
+    np.testing.assert_allclose(run(10.0)[0], plain[0], rtol=1e-6)
+    assert float(metrics["reconstruction"]) != float(plain[1][1]["reconstruction"])
