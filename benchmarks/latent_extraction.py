@@ -92,6 +92,8 @@ def by_itself(tokenizer, prepared):
         for row, index in enumerate(range(begin, min(begin + size, prepared.num_steps))):
             number, step = prepared.locate(index)
             episode = prepared.episode(number)
+            if "head" not in episode.views:
+                continue
             steps, mask[row] = clip_steps(episode.num_steps, episode.fps, step)
             for place, shown in enumerate(steps):
                 frames[row, place] = extraction.load_frame(cfg.image_size, episode, int(shown))[0]

@@ -158,7 +158,8 @@ def _usage(cfg, ids):
         axis.set_xticks(range(cfg.codes_per_group), names)
         axis.set_title(f"group {group}", fontsize=10)
         axis.axhline(1 / cfg.codes_per_group, color="#999", lw=0.8, ls="--")
-        axis.legend(fontsize=8, frameon=False)
+        axis.set_ylim(top=1.35 * bottom.max())  # room for the legend
+        axis.legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
     return figure
 
 
