@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from gear_jax.losses import IGNORE, next_token_loss
+from gear_jax.losses import IGNORE, labelled_token_loss, next_token_loss
 
 
 def test_the_loss_is_the_mean_over_labelled_tokens_of_the_token_before():
@@ -28,3 +29,54 @@ def test_only_positions_before_a_label_get_a_gradient():
     logits = jax.random.normal(jax.random.key(0), (1, 4, 5))
     gradient = jax.grad(next_token_loss)(logits, labels)
     assert np.any(np.asarray(gradient) != 0, axis=-1).tolist() == [[False, True, False, False]]
+
+
+def _labelled(most, chunk):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(3, 9, 4)), jnp.float32)
+    table = jnp.asarray(rng.normal(size=(11, 4)), jnp.float32)
+    labels = np.full((3, 9), IGNORE, np.int32)
+    labels[0, [2, 3, 8]] = [4, 0, 10]
+    labels[1, 5] = 7
+
+    def logits(table, states):
+        return jnp.einsum("btd,vd->btv", states, table)
+
+    def ours(hidden, table):
+        return labelled_token_loss(
+            hidden, jnp.asarray(labels), lambda states: logits(table, states), most=most,
+            chunk=chunk,
+        )  # fmt: skip
+
+    def plain(hidden, table):
+        return next_token_loss(logits(table, hidden), jnp.asarray(labels))
+
+    return [jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, table) for f in (ours, plain)]
+
+
+@pytest.mark.parametrize(("most", "chunk"), [(3, 2), (3, 100), (100, 4)])
+def test_logits_of_labelled_positions_alone_give_the_same_loss_and_gradient(most, chunk):
+    (one, grads), (other, wanted) = _labelled(most, chunk)
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    for a, b in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_more_labels_than_there_is_room_for_are_never_left_out_in_silence():
+    (value, _), _ = _labelled(2, 4)
+    assert np.isnan(value)
+
+
+def test_logits_of_the_whole_batch_never_exist_at_once():
+    hidden, labels = jnp.zeros((4, 64, 8)), jnp.full((4, 64), IGNORE).at[:, 40:60].set(1)
+    table = jnp.zeros((5000, 8))
+
+    def memory(f):
+        compiled = jax.jit(jax.grad(f)).lower(hidden).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def logits(states):
+        return jnp.einsum("btd,vd->btv", states, table)
+
+    ours = memory(lambda h: labelled_token_loss(h, labels, logits, most=20, chunk=16))
+    assert ours < 0.2 * memory(lambda h: next_token_loss(logits(h), labels))

@@ -55,6 +55,7 @@ class SequenceConfig:
         view_grid: rows and columns of merged patches of a view.
         transitions: of the latent block.
         codes: of a transition.
+        most_labels: tokens that a row may be asked to learn; `gear.GearConfig` has the same.
         fast_length: longest FAST sequence; a longer one gets no FAST block.
         with_latents: False leaves the latent block out.
         with_fast: False leaves the FAST block out.
@@ -65,6 +66,7 @@ class SequenceConfig:
     view_grid: tuple[int, int] = (16, 16)
     transitions: int = 5
     codes: int = 4
+    most_labels: int = 512
     fast_length: int = 256
     with_latents: bool = True
     with_fast: bool = True
@@ -122,7 +124,7 @@ def token_rows(
         M], where each latent token stands, and latent_valid bool[B, M].
 
     Raises:
-        ValueError: a row that is too long, or text that spells a reserved token.
+        ValueError: a row too long or with too much to learn, or text that spells a reserved token.
     """
     ids = _Ids.of(tokenizer)
     rows, grids = [], []
@@ -132,6 +134,12 @@ def token_rows(
             raise ValueError(
                 f"row {index} has {len(row['tokens'])} tokens, expected up to {config.length}: "
                 f"{batch['instruction'][index][:60]!r}"
+            )
+        learned = int((row["labels"] != IGNORE).sum())
+        if learned > config.most_labels:
+            raise ValueError(
+                f"row {index} has {learned} tokens to learn, expected up to {config.most_labels}: "
+                f"{batch['answer'][index][:60]!r}"
             )
         rows.append(row)
         grids += [(1, 2 * config.view_grid[0], 2 * config.view_grid[1])] * views

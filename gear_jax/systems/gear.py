@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from gear_jax import flow
 from gear_jax.data.sequences import STATE, WRIST
-from gear_jax.losses import next_token_loss
+from gear_jax.losses import labelled_token_loss
 from gear_jax.systems import vlm
 from gear_jax.systems.vlm import VlmConfig
 from gear_jax.towers.action_expert import ActionExpert, ActionExpertConfig
@@ -39,6 +39,7 @@ class GearConfig:
         latent_pattern: group of each code of a transition.
         flow_weight: of the flow loss beside the cross-entropy.
         flow_steps: Euler steps of `act`.
+        most_labels: labelled tokens that a row may have: latent and FAST blocks, or an answer.
         joint_grad: let the flow loss reach the VLM (an ablation; the paper stops it).
     """
 
@@ -49,6 +50,7 @@ class GearConfig:
     latent_pattern: tuple[int, ...] = (0, 0, 1, 1)
     flow_weight: float = 1.0
     flow_steps: int = 10
+    most_labels: int = 512
     joint_grad: bool = False
 
     def __post_init__(self):
@@ -176,7 +178,9 @@ def loss(params, cfg, batch, rng, drops=DROPS):
     rows = len(batch["tokens"])
     chosen = None if drops is None else draw_drops(keys[0], rows, drops)
     hidden, kv = prefill(params, cfg, batch, chosen)
-    tokens = next_token_loss(vlm.logits(params, hidden), batch["labels"])
+    tokens = labelled_token_loss(
+        hidden, batch["labels"], lambda states: vlm.logits(params, states), most=cfg.most_labels
+    )
     flow_value = flow_loss(params, cfg, batch, kv, keys[1])
     return tokens + cfg.flow_weight * flow_value, {"tokens": tokens, "flow": flow_value}
 

@@ -195,7 +195,7 @@ def loss(params, cfg, codebook, frames, mask, config, rng, targets=None):
         targets = patches(frames, cfg.patch_size)
     first = jax.lax.stop_gradient(features[:, 0])
     hard = jnp.clip(codebook["steps"] / max(config.fade_steps, 1), float(not config.fade_steps), 1)
-    codes = hard * codes + (1 - hard) * z
+    codes = hard * codes + (1 - hard) * z  # what the decoder reads, and what pulls at z
     predicted = decode(params, cfg, first, targets[:, 0], codes)
     error, copied = (_mean(x, mask) for x in _errors(cfg, predicted, targets))
     pull = jnp.sum((z - jax.lax.stop_gradient(codes)) ** 2, axis=-1).mean(axis=-1)

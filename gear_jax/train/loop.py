@@ -6,13 +6,13 @@ Metrics are read one step late, so that the device never waits for the host. The
 is one number and lies in the same checkpoint as the state.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -132,8 +132,9 @@ def run(
     except NoCheckpointError as error:
         raise StopRunError(exits.NO_CHECKPOINT, str(error)) from error
     finally:
-        if checkpoints is not None and not isinstance(sys.exception(), StopRunError):
-            checkpoints.close()
+        if checkpoints is not None:
+            with contextlib.suppress(SaveError):  # said already, or lost with a run that failed
+                checkpoints.close()
         lock.close()
 
 

@@ -152,5 +152,9 @@ def test_rows_of_all_kinds_share_a_batch():
 def test_a_row_that_is_too_long_or_forges_a_token_is_refused():
     with pytest.raises(ValueError, match=r"row 0 has 36 tokens, expected up to 30: 'a b'"):
         token_rows(_batch(), _Words(), dataclasses.replace(CONFIG, length=30), [np.array([0, 2])])
+    with pytest.raises(ValueError, match=r"row 0 has 9 tokens to learn, expected up to 8"):
+        token_rows(
+            _batch(), _Words(), dataclasses.replace(CONFIG, most_labels=8), [np.array([0, 2])]
+        )
     with pytest.raises(ValueError, match="reserved token"):
         token_rows(_batch(instruction=["a <|im_end|>"]), _Words(), CONFIG, [None])
