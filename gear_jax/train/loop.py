@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gear_jax.train import exits, sharding
 from gear_jax.train.exits import StopRunError
+from gear_jax.train.log import Log
 from gear_jax.train.optim import OptimConfig, make_tx
 from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints, SaveError
 from gear_jax.train.state import TrainState, make_train_step, new_state, state_shardings
@@ -54,6 +56,9 @@ class Stage:
         arrays: batch of this host -> arrays that go to the devices.
         evaluators: by name.
         ema_decay: or None.
+        load: params of a run that begins, sharded -> params to begin with, the same in tree,
+            shapes, dtypes and shardings; None keeps them.
+        flops_per_sample: of the model, for one sample's step; None leaves "mfu" out of the log.
     """
 
     name: str
@@ -65,6 +70,8 @@ class Stage:
     arrays: Callable[[dict[str, Any]], dict[str, np.ndarray]]
     evaluators: Mapping[str, Evaluator] = dataclasses.field(default_factory=dict)
     ema_decay: float | None = None
+    load: Callable[[Any], Any] | None = None
+    flops_per_sample: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +151,7 @@ def _run(stage, config, workdir, mesh, seed, record, say, checkpoints):
     make = functools.partial(new_state, stage.init, tx, seed, stage.ema_decay is not None)
     shapes = jax.eval_shape(make)
     shardings = state_shardings(shapes, mesh, stage.rules)
-    state, data = _begin(config, checkpoints, make, shapes, shardings, record, say)
+    state, data = _begin(stage, config, checkpoints, make, shapes, shardings, record, say)
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(json.dumps(record, indent=1))
     begun, num_steps = int(state.step), stage.optim.num_steps
@@ -155,7 +162,7 @@ def _run(stage, config, workdir, mesh, seed, record, say, checkpoints):
         in_shardings=(shardings, rows),
         out_shardings=(shardings, None),
     )
-    log = _Log(workdir / "metrics.jsonl", begun, num_steps, config, say)
+    log = Log(workdir, begun, num_steps, config, stage.flops_per_sample, say)
     stream, late = stage.open_stream(data), None
     try:
         for step in range(begun, num_steps):
@@ -191,7 +198,7 @@ def _run(stage, config, workdir, mesh, seed, record, say, checkpoints):
     return state
 
 
-def _begin(config, checkpoints, make, shapes, shardings, record, say):
+def _begin(stage, config, checkpoints, make, shapes, shardings, record, say):
     """The state to go on from, and the state of its data."""
     targets = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
@@ -201,7 +208,8 @@ def _begin(config, checkpoints, make, shapes, shardings, record, say):
     if restored is None:
         if config.resume == "must":
             raise StopRunError(exits.NO_CHECKPOINT, f"{where}: no checkpoint, and resume is 'must'")
-        return jax.jit(make, out_shardings=shardings)(), None
+        state = jax.jit(make, out_shardings=shardings)()
+        return (state if stage.load is None else _loaded(state, stage.load)), None
     if config.resume == "never":
         raise StopRunError(
             exits.NO_CHECKPOINT,
@@ -216,6 +224,27 @@ def _begin(config, checkpoints, make, shapes, shardings, record, say):
         )
     say(f"resumed at step {restored.step}")
     return restored.state, restored.meta["data"]
+
+
+def _loaded(state, load):
+    """The state that begins with the parameters of `load`, and its average with them too."""
+    params = load(state.params)
+    wanted, got = jax.tree.structure(state.params), jax.tree.structure(params)
+    if got != wanted:
+        raise ValueError(f"load gave parameters {got}: expected {wanted}")
+    faults = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} is {new.dtype}{new.shape} on "
+        f"{new.sharding}: expected {old.dtype}{old.shape} on {old.sharding}"
+        for (path, old), new in zip(
+            jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(params), strict=True
+        )
+        if (old.shape, old.dtype) != (new.shape, new.dtype)
+        or not new.sharding.is_equivalent_to(old.sharding, old.ndim)
+    ]
+    if faults:
+        raise ValueError(f"load gave other parameters: {'; '.join(faults[:5])}")
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema=ema)
 
 
 def _differences(old: Any, new: Any, path: str = "config") -> Iterator[str]:
@@ -242,71 +271,3 @@ def _lock(workdir: pathlib.Path):
     file.write(f"process {os.getpid()} on {os.uname().nodename}")
     file.flush()
     return file
-
-
-class _Log:
-    """One line for a person now and then, one JSON line per logged step for programs."""
-
-    def __init__(self, path, begun, num_steps, config, say):
-        self.num_steps, self.config, self.say = num_steps, config, say
-        self.waited, self.rows, self.started, self.last = 0.0, 0, time.perf_counter(), begun
-        self.leads = jax.process_index() == 0
-        if self.leads:
-            kept = [
-                line
-                for line in (path.read_text().splitlines() if path.exists() else [])
-                if line.endswith("}") and json.loads(line)["step"] <= begun
-            ]
-            path.write_text("".join(f"{line}\n" for line in kept))
-            self.file = path.open("a")
-
-    def step(self, step, metrics, samples):
-        """Metrics of a step that is done; raises when too many were not finite."""
-        self.rows += len(samples) * jax.process_count()
-        if int(metrics["bad_steps"]) >= self.config.max_bad_steps:
-            raise StopRunError(
-                exits.NOT_FINITE,
-                f"step {step}: loss or gradient was not finite {int(metrics['bad_steps'])} times "
-                f"in a row, last for samples {int(samples[0])} to {int(samples[-1])}; nothing of "
-                "it was applied",
-            )
-        if step % self.config.log_every and step != self.num_steps:
-            return
-        values = {key: np.asarray(value).tolist() for key, value in sorted(metrics.items())}
-        passed = time.perf_counter() - self.started
-        speed = {
-            "samples_per_second": self.rows / passed,
-            "data_wait": self.waited / passed,
-        }
-        left = passed / max(step - self.last, 1) * (self.num_steps - step)
-        self.waited, self.rows, self.started, self.last = 0.0, 0, time.perf_counter(), step
-        self._write({"step": step, **values, **speed})
-        self._say(step, {**values, **speed, "minutes_left": left / 60})
-
-    def evaluated(self, step, names, evaluators, state):
-        """Run evaluators and write what they say."""
-        for name in names:
-            began = time.perf_counter()
-            values = {f"{name}/{key}": value for key, value in evaluators[name].run(state).items()}
-            self.started += time.perf_counter() - began  # not the training's time
-            self._write({"step": step, **values})
-            self._say(step, values)
-
-    def _write(self, row):
-        if self.leads:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-
-    def _say(self, step, values):
-        if self.leads:
-            shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
-            self.say(f"step {step}/{self.num_steps}  {shown}")
-
-    def close(self):
-        """Close the file."""
-        if self.leads:
-            self.file.close()
-
-
-def _short(value):
-    return " ".join(map(_short, value)) if isinstance(value, list) else f"{value:.4g}"

@@ -162,3 +162,32 @@ def test_a_disk_that_cannot_be_written_ends_with_its_own_code(tmp_path, monkeypa
     with pytest.raises(StopRunError, match="could not be saved: .*No space left") as error:
         _run(tmp_path)
     assert error.value.code == exits.SAVE
+
+
+def test_loaded_parameters_begin_a_run_and_its_average_and_never_a_resumed_one(tmp_path):
+    asked = []
+
+    def load(params):
+        asked.append(params["w"].sharding)
+        return {"w": jax.device_put(jnp.full((3, 2), 7.0), params["w"].sharding)}
+
+    stage = dataclasses.replace(_stage(fail_at=0), load=load, ema_decay=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, stage)  # before any step: begins again
+    stage = dataclasses.replace(_stage(fail_at=4), load=load, ema_decay=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, stage)
+    assert len(asked) == 2
+    state = _run(tmp_path, dataclasses.replace(_stage(), load=load, ema_decay=1.0))
+    assert len(asked) == 2
+    np.testing.assert_array_equal(state.ema["w"], np.full((3, 2), 7.0))
+    assert (np.asarray(state.params["w"]) != 7).all()
+
+
+def test_loaded_parameters_of_another_shape_are_refused_by_name(tmp_path):
+    stage = dataclasses.replace(_stage(), load=lambda p: {"w": jnp.ones((2, 2))})
+    with pytest.raises(ValueError, match=r"w is float32\(2, 2\) on .* expected float32\(3, 2\)"):
+        _run(tmp_path / "a", stage)
+    stage = dataclasses.replace(_stage(), load=lambda p: {"v": p["w"]})
+    with pytest.raises(ValueError, match="load gave parameters .*'v'.*: expected .*'w'"):
+        _run(tmp_path / "b", stage)
