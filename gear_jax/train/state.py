@@ -97,7 +97,10 @@ def state_shardings(
 
 
 def make_train_step(
-    loss: Callable, tx: optax.GradientTransformation, ema_decay: float | None = None
+    loss: Callable,
+    tx: optax.GradientTransformation,
+    ema_decay: float | None = None,
+    accumulate: int = 1,
 ) -> Callable:
     """The step (state, batch) -> state, metrics; jit it once, with the state donated.
 
@@ -105,11 +108,16 @@ def make_train_step(
         loss: params, extra, batch, rng -> loss, (extra, metrics).
         tx: the optimiser.
         ema_decay: of the moving average, or None.
+        accumulate: parts of a batch that pass one after the other, to save memory; the step takes
+            the means of their losses, gradients and metrics, and `extra` goes from part to part.
+
+    Raises:
+        ValueError: by the step, a batch that `accumulate` does not divide.
     """
+    gradient = _averaged(jax.value_and_grad(loss, has_aux=True), accumulate)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(state.rng, state.step)
-        gradient = jax.value_and_grad(loss, has_aux=True)
         (value, (extra, metrics)), grads = gradient(state.params, state.extra, batch, rng)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -133,3 +141,35 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _averaged(gradient, parts):
+    """`gradient` of a batch as the mean over its parts; a part takes its rows from every device."""
+    if parts == 1:
+        return gradient
+
+    def split(leaf):
+        if leaf.shape[0] % parts:
+            raise ValueError(
+                f"a batch of {leaf.shape[0]} rows in {parts} parts: expected accumulate to divide "
+                "the batch"
+            )
+        return jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)
+
+    def averaged(params, extra, batch, rng):
+        def one(carry, part):
+            extra, total = carry
+            number, rows = part
+            (value, (extra, metrics)), grads = gradient(
+                params, extra, rows, jax.random.fold_in(rng, number)
+            )
+            return (extra, jax.tree.map(jnp.add, total, grads)), (value, metrics)
+
+        first = extra, jax.tree.map(jnp.zeros_like, params)
+        numbered = jnp.arange(parts), jax.tree.map(split, batch)
+        (extra, total), (values, metrics) = jax.lax.scan(one, first, numbered)
+        mean = functools.partial(jnp.mean, axis=0)
+        grads = jax.tree.map(lambda leaf: leaf / parts, total)
+        return (mean(values), (extra, jax.tree.map(mean, metrics))), grads
+
+    return averaged
