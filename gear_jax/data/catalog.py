@@ -21,13 +21,14 @@ from gear_jax.data.rows import Row, choose_row, row_from_json, row_to_json, with
 from gear_jax.data.sources.base import Source
 from gear_jax.data.sources.hdf5 import Hdf5Source
 from gear_jax.data.sources.lerobot import LeRobotSource
+from gear_jax.data.sources.reach import ReachSource
 from gear_jax.data.sources.rlds import ArrayRecordSource, RldsSource
 from gear_jax.data.sources.shapes import ShapesSource
 from gear_jax.data.sources.video_folder import VideoFolderSource
 from gear_jax.data.standard_rows import ROWS
 from gear_jax.data.tfrecord import DataError
 
-Format = Literal["rlds", "array_record", "lerobot", "hdf5", "video", "shapes"]
+Format = Literal["rlds", "array_record", "lerobot", "hdf5", "video", "shapes", "reach"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ class DatasetConfig:
         format: None: told by its metadata files.
         split: of RLDS.
         layout: of HDF5; a key of `sources.hdf5.LAYOUTS`.
-        drawing: fields of `ShapesSource`, for "shapes"; its path is only a name.
+        drawing: fields of `ShapesSource` or `ReachSource`, for "shapes" and "reach"; their path is
+            only a name.
         options: of the row.
         kinematics: {arm: fields of `Kinematics`} of a robot that records joints only.
         budget: greatest fraction of episodes that may be dropped for damage.
@@ -81,6 +83,8 @@ def open_source(config: DatasetConfig, *, num_workers: int = 1) -> Source:
         return VideoFolderSource(config.path)
     if kind == "shapes":
         return ShapesSource(**config.drawing)
+    if kind == "reach":
+        return ReachSource(**config.drawing)
     if config.layout is None:
         raise DataError(f"{config.path}: HDF5 needs a layout")
     return Hdf5Source(config.path, config.layout)

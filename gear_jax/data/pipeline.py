@@ -32,6 +32,7 @@ from gear_jax.data.mask_overlay import overlay
 from gear_jax.data.mixtures import Phase, Schedule
 from gear_jax.data.prepared import Prepared
 from gear_jax.data.record_pool import Pool
+from gear_jax.data.sequences import RowMaker
 from gear_jax.data.shared_buffers import Buffers, Handle, Reader
 from gear_jax.data.statistics import Statistics
 from gear_jax.data.tfrecord import DataError
@@ -116,6 +117,7 @@ class Stream(Iterator):
         num_workers: int = 0,
         spec: ActionSpec | None = None,
         latents: Mapping[str, LatentIds] | None = None,
+        rows: RowMaker | None = None,
     ):
         """Lay out the stream; workers start at the first batch.
 
@@ -130,6 +132,7 @@ class Stream(Iterator):
             num_workers: processes; 0 reads in this one.
             spec: of the chunk where there is no normalizer.
             latents: {name: latent action ids} of the sets that have them.
+            rows: makes the token rows of examples; None leaves them out.
 
         Raises:
             DataError: `state` is of another stream; says what changed.
@@ -152,10 +155,13 @@ class Stream(Iterator):
             raise DataError(f"latent ids of {list(latents)} are not all of one tokenizer")
         self._parts = _parts(sets, phases, config, normalizer, spec)
         self._parts |= {f"latent ids of {name!r}": one.digest for name, one in latents.items()}
+        if rows is not None:
+            said = dataclasses.asdict(rows.config)
+            self._parts["token rows"] = _hash([rows.digest, said])
         self._samples = self._begin(state)
         self.log, self._reader = FaultLog(), Reader()
         load = _Load(sets, Schedule(list(sets), phases, config.num_samples), config, normalizer,
-                     spec, config.batch_size // num_hosts, self._samples, latents)  # fmt: skip
+                     spec, config.batch_size // num_hosts, self._samples, latents, rows)  # fmt: skip
         batches = grain.MapDataset.range(sys.maxsize // 2)[host::num_hosts].map(load)
         if num_workers:
             absl.flags.FLAGS.mark_as_parsed()  # or Grain's workers refuse to start
@@ -248,9 +254,10 @@ def _die_with_parent(worker: int, count: int) -> None:
 class _Load(grain.transforms.Map):
     """Batch number -> batch. Runs in worker processes."""
 
-    def __init__(self, sets, schedule, config, normalizer, spec, rows, first, latents):
+    def __init__(self, sets, schedule, config, normalizer, spec, rows, first, latents, row_maker):
         self.sets, self.schedule, self.config = list(sets.values()), schedule, config
         self.normalizer, self.spec, self.rows, self.first = normalizer, spec, rows, first
+        self.row_maker = row_maker
         self.names, self.buffers = list(sets), Buffers()
         self.latents = [latents.get(name) for name in sets]
         self.orders = [
@@ -284,11 +291,9 @@ class _Load(grain.transforms.Map):
         shape = (rows, self.spec.chunk_len, self.spec.action_dim)
         action, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
         state = empty_state((rows,))
-        with_ids = next((one for one in self.latents if one is not None), None)
-        if with_ids is not None:
-            transitions, codes = with_ids.spec.shape
-            batch["latent_ids"] = np.zeros((rows, transitions, codes), np.int32)
-            batch["latent_mask"] = np.zeros((rows, transitions), bool)
+        if (shape := self._latent_shape()) is not None:
+            batch["latent_ids"] = np.zeros((rows, *shape), np.int32)
+            batch["latent_mask"] = np.zeros((rows, shape[0]), bool)
         windows = []  # row, episode, step
         for row, (source, index) in enumerate(zip(batch["source"], chosen, strict=True)):
             one = self.sets[source]
@@ -318,7 +323,15 @@ class _Load(grain.transforms.Map):
             batch["embodiment_id"][row] = embodiment_id(episode.embodiment)
             self._views(batch, row, episode, step, row in moved)
         mirror_rows(action, mask, state, moved)
-        return {**batch, **self._normalized(action, mask, state, batch["embodiment_id"])}
+        batch |= self._normalized(action, mask, state, batch["embodiment_id"])
+        return batch if self.row_maker is None else self.row_maker(batch)
+
+    def _latent_shape(self):
+        """Transitions and codes, or None where nobody speaks of them."""
+        if (found := next((one for one in self.latents if one is not None), None)) is not None:
+            return found.spec.shape
+        rows = self.row_maker
+        return None if rows is None else (rows.config.transitions, rows.config.codes)
 
     def _rng(self, sample):
         """What a sample draws from: a function of the seed and its number."""

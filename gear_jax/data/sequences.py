@@ -11,7 +11,7 @@ hidden from it (towers/attention.py). Source: GEAR-VLA Fig. 2, systems.md 2.2, 2
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -20,7 +20,9 @@ from gear_jax.types import VIEWS
 TEXT, IMAGE, VIDEO = 0, 1, 2
 
 # Groups of keys, as bits: what modality dropping can hide.
-OTHER, HEAD, WRIST, STATE = 0, 1, 2, 4
+OTHER, HEAD, WRIST, STATE, LATENT = 0, 1, 2, 4, 8
+# Which block of the answer a token is of; modality dropping concerns both of them.
+LATENT_BLOCK, FAST_BLOCK = 1, 2
 _VIEW_GROUPS = {"head": HEAD, "left_wrist": WRIST, "right_wrist": WRIST}
 _VIEW_MARKS = {"head": "head", "left_wrist": "left", "right_wrist": "right"}
 STATE_TOKENS = 4
@@ -57,9 +59,12 @@ class SequenceConfig:
         codes: of a transition.
         most_labels: tokens that a row may be asked to learn; `gear.GearConfig` has the same.
         fast_length: longest FAST sequence; a longer one gets no FAST block.
-        with_latents: False leaves the latent block out.
+        latents: "codes" that are learned; "learned" embeddings in their places, which are not;
+            "none" leaves the block out.
         with_fast: False leaves the FAST block out.
-        prompt_only: end with the token that opens the latent block: what a policy goes on from.
+        prompt_tokens: learned embeddings of the robot, behind the instruction.
+        prompt_only: end where a policy goes on: with the token that opens the latent block, or
+            with the learned embeddings.
     """
 
     length: int = 1280
@@ -68,9 +73,56 @@ class SequenceConfig:
     codes: int = 4
     most_labels: int = 512
     fast_length: int = 256
-    with_latents: bool = True
+    latents: Literal["codes", "learned", "none"] = "codes"
     with_fast: bool = True
+    prompt_tokens: int = 0
     prompt_only: bool = False
+
+
+class ChunkTokenizer(Protocol):
+    """What rows need of a FAST tokenizer."""
+
+    def encode(self, chunks: np.ndarray) -> list[np.ndarray]:
+        """Ids of each of chunks float[n, A, a]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowMaker:
+    """A batch of the stream -> the same with its token rows; runs in the stream's workers.
+
+    Attributes:
+        tokenizer: of text.
+        fast: of chunks; None where the config has no FAST block.
+        config: lengths.
+        digest: of the tokenizers, for the state of the stream.
+    """
+
+    tokenizer: Tokenizer
+    fast: ChunkTokenizer | None
+    config: SequenceConfig
+    digest: str
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with everything of `token_rows`."""
+        fast: list[np.ndarray | None] = [None] * len(batch["instruction"])
+        moving = batch["action_mask"].any(axis=(1, 2))
+        if self.fast is not None and self.config.with_fast and moving.any():
+            chunks = held_chunks(batch["action"][moving], batch["action_mask"][moving])
+            encoded = self.fast.encode(np.clip(chunks, -1, 1))
+            for row, ids in zip(np.flatnonzero(moving), encoded, strict=True):
+                fast[row] = ids
+        return {**batch, **token_rows(batch, self.tokenizer, self.config, fast)}
+
+
+def held_chunks(action: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Chunks float[n, A, a] whose last valid row is held; a dimension without any is 0.
+
+    A jump to zero at an episode's end would cost FAST many tokens, and teach a motion that is not.
+    """
+    last = np.maximum(mask.sum(axis=1, keepdims=True) - 1, 0)
+    held = np.where(mask, action, np.take_along_axis(action, last, axis=1))
+    return np.where(mask.any(axis=1, keepdims=True), held, 0)
 
 
 class _Row:
@@ -80,7 +132,7 @@ class _Row:
         self.columns = {name: [] for name in ("tokens", "labels", "segments", "groups", "acts",
                                               "insert_index", "types", "latent")}  # fmt: skip
 
-    def add(self, tokens, *, label=False, segment=1, group=OTHER, act=False, insert=-1, kind=TEXT,
+    def add(self, tokens, *, label=False, segment=1, group=OTHER, act=0, insert=-1, kind=TEXT,
             latent=-1):  # fmt: skip
         """Append tokens; what is said of all of them may be one value or one for each."""
         tokens = np.atleast_1d(np.asarray(tokens, np.int32))
@@ -119,9 +171,10 @@ def token_rows(
 
     Returns:
         tokens, labels (`IGNORE` where nothing is learned), segments, groups, int32[B, T]; acts
-        bool[B, T], rows that modality dropping concerns; insert_index int32[B, T] into the views'
-        embeddings and then the four state tokens; positions int32[3, B, T]; latent_index int32[B,
-        M], where each latent token stands, and latent_valid bool[B, M].
+        int32[B, T], `LATENT_BLOCK`, `FAST_BLOCK` or 0; insert_index int32[B, T] into the views'
+        embeddings, then the four state tokens, the learned latents and the robot's own; positions
+        int32[3, B, T]; latent_index int32[B, M], where each latent token stands, and latent_valid
+        bool[B, M]; chunk_position int32[B], the place in m-rope that the action chunk follows.
 
     Raises:
         ValueError: a row too long or with too much to learn, or text that spells a reserved token.
@@ -160,6 +213,10 @@ def token_rows(
     for row, column in np.argwhere(latent >= 0):
         out["latent_index"][row, latent[row, column]] = column
         out["latent_valid"][row, latent[row, column]] = out["segments"][row, column] == 1
+    before = valid & (out["acts"] == 0) & (out["labels"] == IGNORE)
+    last = np.where(latent >= 0, np.arange(config.length)[None], -1).max(axis=1)
+    last = np.where(last >= 0, last, config.length - 1 - before[:, ::-1].argmax(axis=1))
+    out["chunk_position"] = out["positions"][0, np.arange(len(rows)), last]
     return out
 
 
@@ -215,33 +272,53 @@ def _row(batch, index, tokenizer, ids, config, fast):
         row.add(tokenizer.encode(_TURN))
         row.add([*tokenizer.encode(batch["answer"][index]), ids.end], label=True)
         return row.finish(), views
-    arms = batch["state"]["arm_mask"][index]
-    if arms.any():
-        _state(row, batch["state"], index, ids, len(VIEWS) * size)
+    place = len(VIEWS) * size
+    if config.prompt_tokens:
+        learned = STATE_TOKENS + config.transitions * config.codes + np.arange(config.prompt_tokens)
+        row.add([ids.state[1]] * config.prompt_tokens, insert=place + learned)
+    if batch["state"]["arm_mask"][index].any():
+        _state(row, batch["state"], index, ids, place)
     row.add(tokenizer.encode(_TURN))
+    block = OTHER
+    if config.latents != "none":
+        block = LATENT_BLOCK
+        _latents(row, batch, index, ids, config, place + STATE_TOKENS)
     if config.prompt_only:
-        row.add(ids.latent[0], act=True)
         return row.finish(), views
-    if config.with_latents:
-        mask = np.repeat(batch["latent_mask"][index], config.codes)
-        count = config.transitions * config.codes
-        row.add(ids.latent[0], label=mask.any(), act=True)
-        row.add(
-            ids.latent[1] + batch["latent_ids"][index].reshape(-1),
-            label=mask,
-            act=True,
-            latent=np.arange(count),
-            segment=np.where(mask, 1, _ALONE + len(VIEWS) + STATE_TOKENS + np.arange(count)),
-        )
-        row.add(ids.latent[2], label=mask.any(), act=True)
     if config.with_fast and fast is not None and len(fast) <= config.fast_length:
+        block = FAST_BLOCK
         row.add(
             [ids.fast[0], *(ids.fast[1] + np.asarray(fast, np.int32)), ids.fast[2]],
             label=True,
-            act=True,
+            act=block,
         )
-    row.add(ids.end, label=True)
+    row.add(ids.end, label=True, act=block)
     return row.finish(), views
+
+
+def _latents(row, batch, index, ids, config, first):
+    """The latent block: codes to learn, or learned embeddings that hold their places."""
+    count = config.transitions * config.codes
+    places = np.arange(count)
+    there = {"act": LATENT_BLOCK, "latent": places, "group": LATENT}
+    if config.latents == "learned":
+        row.add(ids.latent[0], act=LATENT_BLOCK)
+        row.add([ids.state[1]] * count, insert=first + places, **there)
+        if not config.prompt_only:
+            row.add(ids.latent[2], act=LATENT_BLOCK)
+        return
+    if config.prompt_only:
+        row.add(ids.latent[0], act=LATENT_BLOCK)
+        return
+    mask = np.repeat(batch["latent_mask"][index], config.codes)
+    row.add(ids.latent[0], label=mask.any(), act=LATENT_BLOCK)
+    row.add(
+        ids.latent[1] + batch["latent_ids"][index].reshape(-1),
+        label=mask,
+        segment=np.where(mask, 1, _ALONE + len(VIEWS) + STATE_TOKENS + places),
+        **there,
+    )
+    row.add(ids.latent[2], label=mask.any(), act=LATENT_BLOCK)
 
 
 def _state(row, state, index, ids, first):

@@ -525,6 +525,18 @@ def video() -> Row:
     )
 
 
+def reach(*, embodiment: Literal["franka", "ur5"] = "franka") -> Row:
+    """The procedural robot of sources/reach.py; `embodiment`: whose state projector it uses."""
+    arm = ArmRow(
+        pose=Pose("pose[0:3]", "pose[3:7]", "wxyz"),
+        joints="joints",
+        grip_open=Gripper("grip", 0.0, 1.0),
+        grip_cmd=Gripper("grip", 0.0, 1.0),
+    )
+    views = {"head": ViewRow("head"), "right_wrist": ViewRow("wrist")}
+    return Row("reach", embodiment, None, {"right": arm}, views, ("instruction",), truth="drawn")
+
+
 def shapes() -> Row:
     """Drawn clips of sources/shapes.py."""
     return Row("shapes", "human", None, {}, {"head": ViewRow("video")}, (), truth="drawn")
@@ -554,6 +566,7 @@ ROWS: dict[str, Callable[..., Row]] = {
         robomind_franka,
         robomind_tienkung,
         robomind_ur,
+        reach,
         shapes,
         taco_play,
         video,

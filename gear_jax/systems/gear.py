@@ -10,12 +10,21 @@ and action_mask of the stream. Source: GEAR-VLA 3, systems.md 2.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from gear_jax import flow
-from gear_jax.data.sequences import STATE, WRIST
+from gear_jax.data.sequences import (
+    FAST_BLOCK,
+    HEAD,
+    LATENT,
+    LATENT_BLOCK,
+    OTHER,
+    STATE,
+    WRIST,
+)
 from gear_jax.losses import labelled_token_loss
 from gear_jax.systems import vlm
 from gear_jax.systems.vlm import VlmConfig
@@ -24,7 +33,15 @@ from gear_jax.towers.qwen_language import QwenLanguage
 from gear_jax.towers.state_projector import TOKENS, StateProjector, StateProjectorConfig
 
 # Modality dropping (GEAR-VLA App. A): groups hidden from the action tokens, and how often.
-DROPS = ((0, 0.4), (WRIST, 0.2), (STATE, 0.2), (WRIST | STATE, 0.2))
+DROPS = {
+    "mixed": ((0, 0.4), (WRIST, 0.2), (STATE, 0.2), (WRIST | STATE, 0.2)),
+    "wrist": ((0, 0.6), (WRIST, 0.4)),
+    "state": ((0, 0.6), (STATE, 0.4)),
+    "none": ((0, 1.0),),
+}
+LATENTS = ("codes", "learned", "none")
+SOURCES = ("latent", "image", "state", "text")
+LOSSES = ("text", "latent", "fast")  # in the order of the blocks: 0, LATENT_BLOCK, FAST_BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +51,18 @@ class GearConfig:
     Attributes:
         vlm: vision, geometry, projector and language.
         state: state projectors.
-        expert: action expert; depth, kv heads and head size are those of the language tower.
+        expert: action expert; depth, kv heads and head size are those of the language tower. None:
+            the VLM alone, as in pretraining.
+        latents: "codes" that the VLM says; "learned" embeddings in their places, or "none": both
+            are ablations (systems.md 2.12).
+        num_latents: M, of a row.
         latent_ids: first id of the latent range, and its length.
         latent_pattern: group of each code of a transition.
+        vocab_used: rows of the vocabulary that are tokens; later ones are never said.
+        prompt_tokens: learned embeddings of each robot, behind the instruction (an ablation).
+        kv_sources: whose keys and values the expert sees; more than the latent tokens' is an
+            ablation.
+        drops: key of `DROPS`.
         flow_weight: of the flow loss beside the cross-entropy.
         flow_steps: Euler steps of `act`.
         most_labels: labelled tokens that a row may have: latent and FAST blocks, or an answer.
@@ -45,35 +71,51 @@ class GearConfig:
 
     vlm: VlmConfig
     state: StateProjectorConfig
-    expert: ActionExpertConfig
+    expert: ActionExpertConfig | None
+    latents: str = "codes"
+    num_latents: int = 20
     latent_ids: tuple[int, int] = (153_713, 16)
     latent_pattern: tuple[int, ...] = (0, 0, 1, 1)
+    vocab_used: int | None = None
+    prompt_tokens: int = 0
+    kv_sources: tuple[str, ...] = ("latent",)
+    drops: str = "mixed"
     flow_weight: float = 1.0
     flow_steps: int = 10
     most_labels: int = 512
     joint_grad: bool = False
 
     def __post_init__(self):
-        """Check that the expert can read the language tower's cache.
+        """Check the choices, and that the expert can read the language tower's cache.
 
         Raises:
-            ValueError: all that differs.
+            ValueError: all faults in one sentence.
         """
         language, faults = self.vlm.language, []
-        for name in ("depth", "num_kv_heads", "head_dim", "rope_theta"):
+        for name in ("depth", "num_kv_heads", "head_dim", "rope_theta") if self.expert else ():
             ours, theirs = getattr(self.expert, name), getattr(language, name)
             if ours != theirs:
                 faults.append(f"expert.{name} is {ours}, the language tower's is {theirs}")
         if self.state.width != language.width:
             faults.append(f"state.width is {self.state.width}, expected {language.width}")
+        if self.latents not in LATENTS:
+            faults.append(f"latents is {self.latents!r}, expected one of {LATENTS}")
+        if self.drops not in DROPS:
+            faults.append(f"drops is {self.drops!r}, expected one of {tuple(DROPS)}")
+        if not self.kv_sources or not set(self.kv_sources) <= set(SOURCES):
+            faults.append(f"kv_sources is {self.kv_sources}, expected some of {SOURCES}")
+        if self.kv_sources == ("latent",) and self.latents == "none":
+            faults.append(
+                "kv_sources is ('latent',) and latents is 'none': the expert sees nothing"
+            )
         if faults:
             raise ValueError(f"GearConfig: {'; '.join(faults)}")
 
 
 def init(cfg, rng):
     """Random parameters of all towers. Use `jax.eval_shape` for shapes alone."""
-    keys = jax.random.split(rng, 3)
-    expert, arms = cfg.expert, len(TOKENS) // 2
+    keys = jax.random.split(rng, 5)
+    arms, width = len(TOKENS) // 2, cfg.vlm.language.width
     one = jnp.zeros(1, jnp.int32)
     state = {
         "ee": jnp.zeros((1, arms, 9)),
@@ -81,29 +123,55 @@ def init(cfg, rng):
         "joints": jnp.zeros((1, arms, 9)),
         "joint_mask": jnp.ones((1, arms, 9), bool),
     }
-    noisy = jnp.zeros((1, expert.chunk_len, expert.action_dim))
-    kv = jnp.zeros((expert.depth, 1, 1, expert.num_kv_heads, expert.head_dim))
-    return {
+    made = {
         **vlm.init(cfg.vlm, keys[0]),
         "state": StateProjector(cfg.state).init(keys[1], state, one)["params"],
-        "expert": ActionExpert(expert).init(keys[2], noisy, jnp.zeros(1), kv, kv, one, None, one)[
-            "params"
-        ],
     }
+    if cfg.expert is not None:
+        expert = cfg.expert
+        noisy = jnp.zeros((1, expert.chunk_len, expert.action_dim))
+        kv = jnp.zeros((expert.depth, 1, 1, expert.num_kv_heads, expert.head_dim))
+        tower = ActionExpert(expert)
+        made["expert"] = tower.init(keys[2], noisy, jnp.zeros(1), kv, kv, one, None, one)["params"]
+    learned = {}
+    if cfg.latents == "learned":
+        learned["latents"] = jax.random.normal(keys[3], (cfg.num_latents, width))
+    if cfg.prompt_tokens:
+        shape = (cfg.state.num_embodiments, cfg.prompt_tokens, width)
+        learned["prompts"] = jax.random.normal(keys[4], shape)
+    if learned:
+        made["learned"] = jax.tree.map(lambda x: 0.02 * x, learned)
+    return made
 
 
 def encode(params, cfg, batch):
-    """What stands in for pad tokens: embeddings of all views, then of the state, [B, I, D]."""
+    """What stands in for pad tokens, [B, I, D], in the order of `token_rows`' insert_index."""
     views = vlm.view_embeddings(params, cfg.vlm, batch["images"], batch["view_mask"])
     tokens, _ = StateProjector(cfg.state).apply(
         {"params": params["state"]}, batch["state"], batch["embodiment_id"]
     )
-    return jnp.concatenate([views, tokens.astype(views.dtype)], axis=1)
+    rows, width = len(tokens), tokens.shape[-1]
+    parts = [views, tokens]
+    if cfg.latents == "learned":
+        parts.append(jnp.broadcast_to(params["learned"]["latents"], (rows, cfg.num_latents, width)))
+    elif cfg.prompt_tokens:
+        parts.append(jnp.zeros((rows, cfg.num_latents, width)))
+    if cfg.prompt_tokens:
+        parts.append(params["learned"]["prompts"][batch["embodiment_id"]])
+    return jnp.concatenate([part.astype(views.dtype) for part in parts], axis=1)
 
 
-def draw_drops(rng, num, drops=DROPS):
+def logits(params, cfg, hidden):
+    """float32[B, T, V] over the vocabulary; rows of the table that are no tokens are never said."""
+    scores = vlm.logits(params, hidden)
+    if cfg.vocab_used is None:
+        return scores
+    return jnp.where(jnp.arange(scores.shape[-1]) < cfg.vocab_used, scores, -jnp.inf)
+
+
+def draw_drops(rng, num, drops="mixed"):
     """Groups hidden from the action tokens of each sample, int32[num]; one draw a sample."""
-    groups, odds = zip(*drops, strict=True)
+    groups, odds = zip(*DROPS[drops], strict=True)
     return jax.random.choice(rng, jnp.array(groups, jnp.int32), (num,), p=jnp.array(odds))
 
 
@@ -120,25 +188,46 @@ def prefill(params, cfg, batch, drops=None):
         hidden [B, T, D]; (keys, values) each [L, B, T, K, H].
     """
     inserts = encode(params, cfg, batch)
-    concealed = None if drops is None else jnp.where(batch["acts"] != 0, drops[:, None], 0)
+    concealed = None
+    if drops is not None:
+        # an expert that sees views and state itself has them dropped there (App. A as it is written)
+        least = LATENT_BLOCK if cfg.kv_sources == ("latent",) else FAST_BLOCK
+        concealed = jnp.where(batch["acts"] >= least, drops[:, None], 0)
     hidden, kv, _ = vlm.forward(params, cfg.vlm, batch, inserts, hidden_groups=concealed)
     return hidden, kv
 
 
-def latent_cache(kv, latent_index, *, joint_grad=False):
-    """Keys and values of the latent tokens, without a way back for the gradient.
+def latent_cache(cfg, kv, batch, drops=None):
+    """What the expert sees of the VLM, without a way back for the gradient.
 
     Args:
+        cfg: GearConfig.
         kv: (keys, values) each [L, B, T, K, H].
-        latent_index: int32[B, M], where the latent tokens stand.
-        joint_grad: leave the way back open.
+        batch: with latent_index and latent_valid; for other `kv_sources` than the latent tokens
+            also groups, acts and segments.
+        drops: int32[B] of `draw_drops`; concerns other sources only.
 
     Returns:
-        (keys, values) each [L, B, M, K, H].
+        (keys, values) each [L, B, M, K, H]; mask bool[B, M]. M is the number of latent tokens, or T
+        with other sources.
     """
-    index = latent_index[None, :, :, None, None]
-    cache = jax.tree.map(lambda x: jnp.take_along_axis(x, index, axis=2), kv)
-    return cache if joint_grad else jax.lax.stop_gradient(cache)
+    if cfg.kv_sources == ("latent",):
+        index = batch["latent_index"][None, :, :, None, None]
+        cache = jax.tree.map(lambda x: jnp.take_along_axis(x, index, axis=2), kv)
+        mask = batch["latent_valid"]
+    else:
+        cache, groups = kv, batch["groups"]
+        wanted = {
+            "latent": groups == LATENT,
+            "image": (groups == HEAD) | (groups == WRIST),
+            "state": groups == STATE,
+            "text": (groups == OTHER) & (batch["acts"] == 0),
+        }
+        mask = batch["segments"] == 1
+        mask &= functools.reduce(jnp.logical_or, [wanted[name] for name in cfg.kv_sources])
+        if drops is not None:
+            mask &= (groups & drops[:, None]) == 0
+    return (cache if cfg.joint_grad else jax.lax.stop_gradient(cache)), mask
 
 
 def velocity(params, cfg, cache, noisy, tau, positions, mask, embodiment_id):
@@ -150,8 +239,8 @@ def velocity(params, cfg, cache, noisy, tau, positions, mask, embodiment_id):
         cache: of `latent_cache`.
         noisy: float32[B, A, a].
         tau: float32[B], 0 = noise, 1 = data.
-        positions: int32[B], position of the last latent token.
-        mask: bool[B, M], latent tokens that are there.
+        positions: int32[B], `chunk_position` of the rows.
+        mask: bool[B, M], of `latent_cache`.
         embodiment_id: int32[B].
     """
     return ActionExpert(cfg.expert).apply(
@@ -159,50 +248,48 @@ def velocity(params, cfg, cache, noisy, tau, positions, mask, embodiment_id):
     )
 
 
-def loss(params, cfg, batch, rng, drops=DROPS):
+def loss(params, cfg, batch, rng):
     """Cross-entropy of all labelled tokens and the flow loss (eq. 1 and 2).
 
     Rows without latent tokens or without actions teach the expert nothing.
 
     Args:
         params: {tower: parameters}.
-        cfg: GearConfig.
+        cfg: GearConfig; without an expert there is no flow loss.
         batch: see the module's first lines.
         rng: key of the dropping, the noise and tau.
-        drops: as `DROPS`; None hides nothing.
 
     Returns:
-        the loss; {"tokens", "flow"}.
+        the loss; metrics {"tokens", "text", "latent", "fast", "flow"}, the middle three being
+        means of their kind.
     """
-    keys = jax.random.split(rng, 3)
-    rows = len(batch["tokens"])
-    chosen = None if drops is None else draw_drops(keys[0], rows, drops)
-    hidden, kv = prefill(params, cfg, batch, chosen)
-    tokens = labelled_token_loss(
-        hidden, batch["labels"], lambda states: vlm.logits(params, states), most=cfg.most_labels
-    )
-    flow_value = flow_loss(params, cfg, batch, kv, keys[1])
-    return tokens + cfg.flow_weight * flow_value, {"tokens": tokens, "flow": flow_value}
+    keys = jax.random.split(rng, 2)
+    drops = draw_drops(keys[0], len(batch["tokens"]), cfg.drops)
+    hidden, kv = prefill(params, cfg, batch, None if cfg.drops == "none" else drops)
+    tokens, kinds = labelled_token_loss(
+        hidden, batch["labels"], batch["acts"], lambda states: logits(params, cfg, states),
+        num_kinds=len(LOSSES), most=cfg.most_labels,
+    )  # fmt: skip
+    metrics = {"tokens": tokens, **dict(zip(LOSSES, kinds, strict=True))}
+    if cfg.expert is None:
+        return tokens, metrics
+    flow_value = flow_loss(params, cfg, batch, latent_cache(cfg, kv, batch, drops), keys[1])
+    return tokens + cfg.flow_weight * flow_value, {**metrics, "flow": flow_value}
 
 
-def flow_loss(params, cfg, batch, kv, rng):
-    """Eq. 2 on the cache of rows that were run with their own latent tokens."""
+def flow_loss(params, cfg, batch, cached, rng):
+    """Eq. 2 on what `latent_cache` gave."""
     noise_rng, tau_rng = jax.random.split(rng)
     action = batch["action"].astype(jnp.float32)
     noise = jax.random.normal(noise_rng, action.shape)
     tau = flow.sample_tau(tau_rng, action.shape[:1])
-    cache = latent_cache(kv, batch["latent_index"], joint_grad=cfg.joint_grad)
+    cache, mask = cached
     made = velocity(
-        params, cfg, cache, flow.noised(action, noise, tau), tau, last_position(batch),
-        batch["latent_valid"], batch["embodiment_id"],
+        params, cfg, cache, flow.noised(action, noise, tau), tau, batch["chunk_position"],
+        mask, batch["embodiment_id"],
     )  # fmt: skip
-    there = batch["latent_valid"].any(axis=1)[:, None, None]
+    there = mask.any(axis=1)[:, None, None]
     return flow.flow_loss(made, flow.target(action, noise), batch["action_mask"] & there)
-
-
-def last_position(batch):
-    """Position int32[B] of the last latent token."""
-    return jnp.take_along_axis(batch["positions"][0], batch["latent_index"][:, -1:], axis=1)[:, 0]
 
 
 def say_latents(params, cfg, batch, hidden, kv):
@@ -217,7 +304,9 @@ def say_latents(params, cfg, batch, hidden, kv):
         kv: its keys and values.
 
     Returns:
-        ids int32[B, M], from 0; cache as `latent_cache` gives; position int32[B] of the last.
+        ids int32[B, M], from 0; (keys, values) each [L, B, T + M, K, H]; what `latent_cache` and
+        the expert need of rows that have become so long: latent_index, latent_valid, groups, acts,
+        segments, chunk_position.
     """
     rows, length = batch["tokens"].shape
     count, (first, size) = batch["latent_index"].shape[1], cfg.latent_ids
@@ -254,8 +343,13 @@ def say_latents(params, cfg, batch, hidden, kv):
         return (here, memory, seen), ids
 
     (_, memory, _), ids = jax.lax.scan(step, (here, memory, seen), jnp.arange(count))
+    grown = {
+        name: jnp.pad(batch[name], ((0, 0), (0, count)), constant_values=value)
+        for name, value in (("groups", LATENT), ("acts", LATENT_BLOCK), ("segments", 1))
+    }
     index = jnp.broadcast_to(length + jnp.arange(count)[None], (rows, count))
-    return ids.T, latent_cache(memory, index), begin + count
+    there = {"latent_index": index, "latent_valid": jnp.ones((rows, count), bool)}
+    return ids.T, memory, {**grown, **there, "chunk_position": begin + count}
 
 
 def act(params, cfg, batch, rng):
@@ -268,14 +362,23 @@ def act(params, cfg, batch, rng):
         rng: key of the noise.
 
     Returns:
-        chunk float32[B, A, a]; latent ids int32[B, M].
+        chunk float32[B, A, a]; latent ids int32[B, M], none where the config has no codes.
     """
     hidden, kv = prefill(params, cfg, batch)
-    ids, cache, position = say_latents(params, cfg, batch, hidden, kv)
-    expert = cfg.expert
-    noise = jax.random.normal(rng, (len(ids), expert.chunk_len, expert.action_dim))
+    ids = jnp.zeros((len(hidden), 0), jnp.int32)
+    if cfg.latents == "codes":
+        ids, kv, grown = say_latents(params, cfg, batch, hidden, kv)
+        batch = {**batch, **grown}
+    return sample_chunk(params, cfg, batch, latent_cache(cfg, kv, batch), rng), ids
+
+
+def sample_chunk(params, cfg, batch, cached, rng):
+    """A chunk float32[B, A, a] from noise, on what `latent_cache` gave."""
+    cache, mask = cached
+    noise = jax.random.normal(rng, (len(mask), cfg.expert.chunk_len, cfg.expert.action_dim))
+    place, robot = batch["chunk_position"], batch["embodiment_id"]
 
     def field(noisy, tau):
-        return velocity(params, cfg, cache, noisy, tau, position, None, batch["embodiment_id"])
+        return velocity(params, cfg, cache, noisy, tau, place, mask, robot)
 
-    return flow.integrate(field, noise, cfg.flow_steps), ids
+    return flow.integrate(field, noise, cfg.flow_steps)

@@ -199,6 +199,21 @@ def tokenizer_from_ranks(path: str | os.PathLike) -> TextTokenizer:
     return TextTokenizer(backend)
 
 
+def byte_tokenizer() -> TextTokenizer:
+    """A tokenizer without a vocabulary of words: one token a byte, and all of the added ones.
+
+    For models that are trained from nothing, where Qwen's 151,643 words would be most of the
+    parameters. Ids are as in `extend`, counted from 256.
+    """
+    letters = {letter: byte for byte, letter in _byte_letters().items()}
+    backend = tokenizers.Tokenizer(models.BPE(letters, []))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([_added(token, special=True) for token in (*_SPECIAL, *_PLAIN, *ADDED)])
+    return TextTokenizer(backend)
+
+
 def extend(tokenizer: TextTokenizer) -> TextTokenizer:
     """A copy with GEAR-VLA's FAST, latent and control tokens at their ids.
 

@@ -21,6 +21,7 @@ class ProjectorConfig:
     merge: int = 4  # patches in one token
     width: int = 3584
     expand: str = "first"  # the linear map that the 3D block widens: "first" or "last"
+    geometry_std: float = 0.0  # of the 3D block at the start; GEAR-VLA begins at zero
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -55,7 +56,10 @@ class Projector(nn.Module):
         depth = None
         if c.geometry_width is not None:
             shape = (c.geometry_width * c.merge, hidden if c.expand == "first" else c.width)
-            kernel = self.param("geometry_kernel", nn.initializers.zeros, shape, c.param_dtype)
+            start = (
+                nn.initializers.normal(c.geometry_std) if c.geometry_std else nn.initializers.zeros
+            )
+            kernel = self.param("geometry_kernel", start, shape, c.param_dtype)
             if geometry is not None:
                 norm = nn.LayerNorm(use_bias=False, use_scale=False, name="geometry_norm", **types)
                 depth = _join(norm(geometry), c.merge) @ kernel.astype(c.dtype)

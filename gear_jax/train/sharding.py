@@ -75,6 +75,8 @@ RULES = (
     (r"expert/action_in/kernel", (None, _F)),
     (r"expert/action_out/kernel", (_F, None)),
     (r"expert/action_(in|out)/bias", (None,)),
+    # learned embeddings of the ablations
+    (r"learned/(latents|prompts)", (None, _F)),
     # state projectors, one for each embodiment
     (r"state/fc1/kernel", (None, _T)),
     (r"state/fc1/bias", (_T,)),

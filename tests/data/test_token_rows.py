@@ -56,7 +56,7 @@ def _one(batch, fast=(0, 2), config=CONFIG):
     length = int((made["segments"][0] > 0).sum())
     assert (made["segments"][0][length:] == 0).all()
     assert (made["labels"][0][length:] == IGNORE).all()
-    return {k: v[:, 0, :length] if k == "positions" else v[0] if k.startswith("latent") else
+    return {k: v[:, 0, :length] if k == "positions" else v[0] if k.startswith(("latent", "chunk")) else
             v[0, :length] for k, v in made.items()}  # fmt: skip
 
 
@@ -79,9 +79,12 @@ def test_a_robots_row_has_the_papers_order():
     assert learned == ["<|la_start|>", "<la_0>", "<la_3>", "<|la_end|>", "<|fast_start|>",
                        "<fast_0000>", "<fast_0002>", "<|fast_end|>", "<|im_end|>"]  # fmt: skip
     acts = _names(row["tokens"][row["acts"].astype(bool)])
-    assert (acts[0], acts[-1], len(acts)) == ("<|la_start|>", "<|fast_end|>", 10)
+    assert (acts[0], acts[-1], len(acts)) == ("<|la_start|>", "<|im_end|>", 11)
+    assert row["acts"].tolist() == [0] * 25 + [1] * 6 + [2] * 5
     assert row["groups"].tolist() == (
-        [0, 0, 0, 1, 1, 0, 0, 0, 2, 2, 0, 0, 0, 2, 2, 0, 0, 0, 0, 4, 4, 4, 4, 0] + [0] * 12
+        [0, 0, 0, 1, 1, 0, 0, 0, 2, 2, 0, 0, 0, 2, 2, 0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0]
+        + [8] * 4
+        + [0] * 6
     )
     # views in order, then the state's four
     assert row["insert_index"][row["insert_index"] >= 0].tolist() == list(range(10))
@@ -135,10 +138,35 @@ def test_variants_leave_blocks_out_and_a_long_fast_sequence_is_not_cut():
     without = _names(_one(_batch(), config=dataclasses.replace(CONFIG, with_fast=False))["tokens"])
     assert without[-2:] == ["<|la_end|>", "<|im_end|>"]
     assert _names(_one(_batch(), fast=(0, 1, 2, 0, 1))["tokens"]) == without
-    without = _names(
-        _one(_batch(), config=dataclasses.replace(CONFIG, with_latents=False))["tokens"]
-    )
-    assert "<|la_start|>" not in without
+    row = _one(_batch(), config=dataclasses.replace(CONFIG, latents="none"))
+    assert "<|la_start|>" not in _names(row["tokens"])
+    assert row["chunk_position"] == row["positions"][0][24]  # of the turn's last token
+
+
+def test_the_chunk_follows_the_last_latent_token():
+    row = _one(_batch())
+    assert row["chunk_position"] == row["positions"][0][29]
+    prompt = _one(_batch(), config=dataclasses.replace(CONFIG, prompt_only=True))
+    assert _names(prompt["tokens"])[-1] == "<|la_start|>"
+
+
+def test_learned_latents_hold_the_places_of_codes_and_are_not_asked_for():
+    row = _one(_batch(), config=dataclasses.replace(CONFIG, latents="learned"))
+    assert row["insert_index"][26:30].tolist() == [10, 11, 12, 13]  # behind six views' and 4 states
+    assert row["latent_index"].tolist() == [26, 27, 28, 29]
+    assert row["latent_valid"].all()
+    learned = _names(row["tokens"][row["labels"] != IGNORE])
+    assert learned == ["<|fast_start|>", "<fast_0000>", "<fast_0002>", "<|fast_end|>", "<|im_end|>"]
+    prompt = _one(_batch(), config=dataclasses.replace(CONFIG, latents="learned", prompt_only=True))
+    np.testing.assert_array_equal(prompt["latent_index"], row["latent_index"])
+
+
+def test_a_robot_s_own_embeddings_stand_behind_the_instruction():
+    row = _one(_batch(), config=dataclasses.replace(CONFIG, prompt_tokens=2))
+    own = np.flatnonzero(row["insert_index"] >= 14)
+    assert row["insert_index"][own].tolist() == [14, 15]
+    assert _names(row["tokens"][own[0] - 2 : own[0]]) == [100, 101]
+    assert _names(row["tokens"][own[1] + 1 : own[1] + 2]) == ["<|state_start|>"]
 
 
 def test_rows_of_all_kinds_share_a_batch():

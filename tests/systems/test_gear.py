@@ -121,7 +121,8 @@ VLM = ("vision", "geometry", "projector", "language", "state")
 def _flow(cfg):
     def value(params, batch):
         _, kv = gear.prefill(params, cfg, batch)
-        return gear.flow_loss(params, cfg, batch, kv, jax.random.key(3))
+        cached = gear.latent_cache(cfg, kv, batch)
+        return gear.flow_loss(params, cfg, batch, cached, jax.random.key(3))
 
     return value
 
@@ -152,7 +153,8 @@ def test_e1_the_compiled_flow_gradient_holds_no_backward_of_the_vlm(cfg, params,
     _, kv = jax.eval_shape(lambda p, b: gear.prefill(p, cfg, b), params, batch)
 
     def alone(expert, batch, kv):
-        return gear.flow_loss({"expert": expert}, cfg, batch, kv, jax.random.key(3))
+        cached = gear.latent_cache(cfg, kv, batch)
+        return gear.flow_loss({"expert": expert}, cfg, batch, cached, jax.random.key(3))
 
     whole = flops(jax.grad(_flow(cfg)), params, batch)
     forward = flops(lambda p, b: gear.prefill(p, cfg, b)[1], params, batch)
@@ -212,27 +214,27 @@ def test_e4_what_is_dropped_is_hidden_from_the_action_tokens_directly(cfg, param
         )
 
 
-def test_an_absent_view_and_a_hidden_transition_change_nothing(params, batch, prefill):
-    cache = _cache(prefill(params, batch, NONE)[1], batch)
+def test_an_absent_view_and_a_hidden_transition_change_nothing(cfg, params, batch, prefill):
+    cache = _cache(cfg, prefill(params, batch, NONE)[1], batch)
     images = batch["images"].at[0, 1].set(255).at[3, 1:].set(7)
     ids = batch["tokens"]
     hidden = jnp.take_along_axis(batch["latent_index"], jnp.full((ROWS, 1), 19), axis=1)[2, 0]
     other = {**batch, "images": images, "tokens": ids.at[2, hidden].set(FIRST + 9)}
-    after = _cache(prefill(params, other, NONE)[1], batch)
+    after = _cache(cfg, prefill(params, other, NONE)[1], batch)
     there = np.asarray(batch["latent_valid"])
     for one, two in zip(cache, after, strict=True):
         np.testing.assert_array_equal(np.asarray(one)[:, there], np.asarray(two)[:, there])
 
 
-def _cache(kv, batch):
-    return gear.latent_cache(kv, batch["latent_index"])
+def _cache(cfg, kv, batch):
+    return gear.latent_cache(cfg, kv, batch)[0]
 
 
-def test_e7_the_latent_cache_does_not_know_the_fast_tokens(params, batch, prefill):
+def test_e7_the_latent_cache_does_not_know_the_fast_tokens(cfg, params, batch, prefill):
     other = _rows(_stream_batch(), fast=[np.array([8, 8]), np.array([2]), None, None])
     for one, two in zip(
-        _cache(prefill(params, batch, NONE)[1], batch),
-        _cache(prefill(params, other, NONE)[1], other),
+        _cache(cfg, prefill(params, batch, NONE)[1], batch),
+        _cache(cfg, prefill(params, other, NONE)[1], other),
         strict=True,
     ):
         np.testing.assert_array_equal(one, two)
@@ -242,15 +244,15 @@ def test_e8_with_the_cache_held_another_image_gives_the_same_velocity(cfg, param
     noisy, tau = batch["action"], jnp.full(ROWS, 0.3)
     run = jax.jit(
         lambda params, cache: gear.velocity(
-            params, cfg, cache, noisy, tau, gear.last_position(batch), batch["latent_valid"],
+            params, cfg, cache, noisy, tau, batch["chunk_position"], batch["latent_valid"],
             batch["embodiment_id"],
         )
     )  # fmt: skip
-    cache = _cache(prefill(params, batch, NONE)[1], batch)
+    cache = _cache(cfg, prefill(params, batch, NONE)[1], batch)
     broken = {**params, **jax.tree.map(jnp.zeros_like, {t: params[t] for t in VLM})}
     np.testing.assert_array_equal(run(params, cache), run(broken, cache))
     other = {**batch, "images": 255 - batch["images"]}
-    seen = run(params, _cache(prefill(params, other, NONE)[1], other))
+    seen = run(params, _cache(cfg, prefill(params, other, NONE)[1], other))
     assert (np.asarray(seen) != np.asarray(run(params, cache))).any()
 
 
@@ -262,14 +264,14 @@ def test_e9_the_cache_of_decoding_is_that_of_teacher_forcing_with_the_same_ids(
     prompt = _rows(stream, prompt_only=True)
     hidden, kv = prefill(params, prompt, NONE)
     said = jax.jit(lambda p, b, h, kv: gear.say_latents(p, cfg, b, h, kv))
-    ids, cache, position = said(params, prompt, hidden, kv)
+    ids, memory, grown = said(params, prompt, hidden, kv)
     codes = np.asarray(ids).reshape(ROWS, 5, 4)
     assert ((codes[..., :2] < 8) & (codes[..., 2:] >= 8)).all()
     forced = _rows({**stream, "latent_ids": codes})
     hidden, kv = prefill(params, forced, NONE)
-    for one, two in zip(cache, _cache(kv, forced), strict=True):
+    for one, two in zip(_cache(cfg, memory, grown), _cache(cfg, kv, forced), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-4)
-    np.testing.assert_array_equal(position, gear.last_position(forced))
+    np.testing.assert_array_equal(grown["chunk_position"], forced["chunk_position"])
     scores = np.asarray(vlm.logits(params, hidden))[..., FIRST : FIRST + 16]
     for row in range(ROWS):
         for place, column in enumerate(np.asarray(forced["latent_index"])[row]):
@@ -284,9 +286,9 @@ def test_e9_the_cache_of_decoding_is_that_of_teacher_forcing_with_the_same_ids(
 
 def test_e10_the_projector_of_a_robot_that_is_not_in_the_batch_gets_no_gradient(cfg, params, batch):
     one = {**batch, "embodiment_id": jnp.array([0, 2, 0, 2], jnp.int32)}
-    grads = jax.jit(
-        jax.grad(lambda p: gear.loss(p, cfg, one, jax.random.key(0), None)[1]["tokens"])
-    )(params)["state"]
+    grads = jax.jit(jax.grad(lambda p: gear.loss(p, cfg, one, jax.random.key(0))[1]["tokens"]))(
+        params
+    )["state"]
     for leaf in jax.tree.leaves(grads):
         assert not np.asarray(leaf[1]).any()
         assert np.asarray(leaf[0]).any()
@@ -294,13 +296,18 @@ def test_e10_the_projector_of_a_robot_that_is_not_in_the_batch_gets_no_gradient(
 
 def test_e12_drops_come_as_often_as_the_paper_says():
     drawn = np.asarray(gear.draw_drops(jax.random.key(0), 10_000))
-    for group, odds in gear.DROPS:
+    for group, odds in gear.DROPS["mixed"]:
         assert abs(np.mean(drawn == group) - odds) < 0.015
 
 
 def test_rows_without_actions_or_latents_teach_the_expert_nothing(cfg, params, batch, prefill):
     _, kv = prefill(params, batch, NONE)
-    value = jax.jit(lambda b: gear.flow_loss(params, cfg, b, kv, jax.random.key(3)))
+
+    @jax.jit
+    def value(b):
+        cached = gear.latent_cache(cfg, kv, b)
+        return gear.flow_loss(params, cfg, b, cached, jax.random.key(3))
+
     other = {**batch, "action": batch["action"].at[3].set(1e6)}  # a video of people
     np.testing.assert_array_equal(value(batch), value(other))
     none = {**batch, "latent_valid": batch["latent_valid"].at[2].set(False)}
