@@ -84,8 +84,6 @@ class LoopConfig:
         keep: newest checkpoints that stay.
         keep_every: checkpoints at multiples of this stay as well; None keeps no others.
         max_bad_steps: steps in a row that may be not finite.
-        accumulate: parts of a batch that pass one after the other; where the loss is a mean over
-            rows, this changes rounding alone.
         resume: "auto" goes on where there is something, "must" refuses to begin, "never" refuses
             to go on.
     """
@@ -95,7 +93,6 @@ class LoopConfig:
     keep: int = 3
     keep_every: int | None = None
     max_bad_steps: int = 10
-    accumulate: int = 1
     resume: Literal["auto", "must", "never"] = "auto"
 
 
@@ -160,7 +157,7 @@ def _run(stage, config, workdir, mesh, seed, record, say, checkpoints):
     begun, num_steps = int(state.step), stage.optim.num_steps
     rows = sharding.batch_sharding(mesh)
     step_fn = jax.jit(
-        make_train_step(stage.loss, tx, stage.ema_decay, config.accumulate),
+        make_train_step(stage.loss, tx, stage.ema_decay, stage.optim.accumulate),
         donate_argnums=0,
         in_shardings=(shardings, rows),
         out_shardings=(shardings, None),

@@ -32,6 +32,8 @@ class OptimConfig:
         clip: global norm of each partition's gradient.
         lr_scale: (regex, factor of the learning rate); 1 where none matches.
         weight_decay: (regex, decay); 0 where none matches.
+        accumulate: parts of a batch that pass one after the other, to save memory; where the loss
+            is a mean over rows, this changes rounding alone.
     """
 
     lr: float
@@ -45,6 +47,7 @@ class OptimConfig:
     clip: float = 1.0
     lr_scale: Table = ()
     weight_decay: Table = ()
+    accumulate: int = 1
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:

@@ -91,23 +91,51 @@ def make_mesh(
     """A mesh with all four axes.
 
     Args:
-        sizes: {axis: size}; axes left out have size 1.
+        sizes: {axis: size}; axes left out have size 1, and one may be -1: what is left.
         devices: by default all of them.
 
     Raises:
-        ValueError: an unknown axis, or sizes whose product is not the number of devices.
+        ValueError: an unknown axis, sizes that do not fill the devices, or a tensor axis across
+            hosts, which would then need the same rows; says the nearest sizes that do.
     """
     devices = jax.devices() if devices is None else devices
     if unknown := set(sizes) - set(AXES):
         raise ValueError(f"mesh axes {sorted(unknown)} are unknown: expected some of {AXES}")
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    if np.prod(shape) != len(devices):
+    asked = [sizes.get(axis, 1) for axis in AXES]
+    known = int(np.prod([size for size in asked if size != -1]))
+    shape = tuple(max(len(devices) // max(known, 1), 1) if n == -1 else n for n in asked)
+    hosts = len({device.process_index for device in devices})
+    if min(shape) < 1 or asked.count(-1) > 1 or np.prod(shape) != len(devices):
         raise ValueError(
-            f"mesh {dict(zip(AXES, shape, strict=True))} has {np.prod(shape)} places for "
-            f"{len(devices)} devices"
+            f"mesh {_sizes(asked)} has {known} places{' times what is left' * (-1 in asked)} for "
+            f"{len(devices)} devices; the nearest that fits is "
+            f"{_sizes(_nearest(asked, len(devices), hosts))}"
         )
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    mesh = jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    if (owners != owners[..., :1]).any():
+        raise ValueError(
+            f"mesh {_sizes(asked)}: tensor={shape[-1]} reaches across hosts of "
+            f"{len(devices) // hosts} devices; the nearest that fits is "
+            f"{_sizes(_nearest(asked, len(devices), hosts))}"
+        )
+    return mesh
+
+
+def _nearest(asked, count, hosts):
+    """Sizes that fill `count` devices: none larger than asked, and the rest for `data`."""
+    found, left = {}, count
+    for axis, most in (("tensor", count // hosts), ("fsdp", count), ("replica", count)):
+        size = asked[AXES.index(axis)]
+        most = min(most, left if size == -1 else size)
+        found[axis] = max((n for n in range(1, most + 1) if left % n == 0), default=1)
+        left //= found[axis]
+    return [found.get(axis, left) for axis in AXES]
+
+
+def _sizes(shape):
+    return dict(zip(AXES, shape, strict=True))
 
 
 def param_shardings(

@@ -43,9 +43,33 @@ def test_the_first_rule_that_matches_wins(mesh):
     assert (made["a"]["b"].spec, made["c"].spec) == (P("fsdp"), P("tensor"))
 
 
-def test_a_mesh_must_use_all_devices_and_known_axes():
-    with pytest.raises(ValueError, match="has 4 places for 8 devices"):
-        sharding.make_mesh({"fsdp": 4})
+def test_one_axis_of_a_mesh_may_be_what_is_left():
+    assert dict(sharding.make_mesh({"data": -1, "tensor": 2}).shape) == {
+        "replica": 1, "data": 4, "fsdp": 1, "tensor": 2
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said", "nearest"),
+    [
+        ({"fsdp": 4}, "4 places for 8", (1, 2, 4, 1)),
+        ({"data": 4}, "4 places for 8", (1, 8, 1, 1)),
+        ({"fsdp": 3, "tensor": 2}, "6 places for 8", (1, 2, 2, 2)),
+        ({"data": -1, "tensor": 3}, "3 places times what is left for 8", (1, 4, 1, 2)),
+        ({"data": -1, "fsdp": -1}, "1 places times what is left for 8", (1, 1, 8, 1)),
+        ({"data": -1, "fsdp": 16}, "16 places times what is left for 8", (1, 1, 8, 1)),
+        ({"data": 8, "fsdp": 0}, "0 places for 8", (1, 8, 1, 1)),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does(sizes, said, nearest):
+    with pytest.raises(ValueError, match=said) as error:
+        sharding.make_mesh(sizes)
+    legal = dict(zip(sharding.AXES, nearest, strict=True))
+    assert str(error.value).endswith(f"the nearest that fits is {legal}")
+    assert dict(sharding.make_mesh(legal).shape) == legal
+
+
+def test_a_mesh_has_known_axes_alone():
     with pytest.raises(ValueError, match=r"mesh axes \['model'\] are unknown"):
         sharding.make_mesh({"model": 8})
 
