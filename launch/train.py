@@ -22,12 +22,7 @@ from gear_jax.data.tfrecord import DataError
 from gear_jax.train import exits, hosts, latents, loop, sharding
 from gear_jax.train.exits import StopRunError
 
-STAGES = {
-    "latents": latents.stage,
-    "pretrain": pretrain.stage,
-    "policy": policy.stage,
-    "adapt": adapt.stage,
-}
+STAGES = {"latents": latents.stage}
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py or NAME.py:SIZE")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run", required=True)
