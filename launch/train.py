@@ -19,10 +19,15 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gear_jax.data.tfrecord import DataError
-from gear_jax.train import exits, hosts, latents, loop, sharding
+from gear_jax.train import adapt, exits, hosts, latents, loop, policy, pretrain, sharding
 from gear_jax.train.exits import StopRunError
 
-STAGES = {"latents": latents.stage}
+STAGES = {
+    "latents": latents.stage,
+    "pretrain": pretrain.stage,
+    "policy": policy.stage,
+    "adapt": adapt.stage,
+}
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/NAME.py or NAME.py:SIZE")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run", required=True)

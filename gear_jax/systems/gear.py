@@ -266,15 +266,24 @@ def loss(params, cfg, batch, rng):
     keys = jax.random.split(rng, 2)
     drops = draw_drops(keys[0], len(batch["tokens"]), cfg.drops)
     hidden, kv = prefill(params, cfg, batch, None if cfg.drops == "none" else drops)
-    tokens, kinds = labelled_token_loss(
-        hidden, batch["labels"], batch["acts"], lambda states: logits(params, cfg, states),
-        num_kinds=len(LOSSES), most=cfg.most_labels,
-    )  # fmt: skip
+    tokens, kinds = token_loss(params, cfg, batch, hidden)
     metrics = {"tokens": tokens, **dict(zip(LOSSES, kinds, strict=True))}
     if cfg.expert is None:
         return tokens, metrics
     flow_value = flow_loss(params, cfg, batch, latent_cache(cfg, kv, batch, drops), keys[1])
     return tokens + cfg.flow_weight * flow_value, {**metrics, "flow": flow_value}
+
+
+def token_loss(params, cfg, batch, hidden):
+    """Eq. 1: mean float32[] over all labelled tokens; means float32[3] by kind, as `LOSSES`."""
+    return labelled_token_loss(
+        hidden,
+        batch["labels"],
+        batch["acts"],
+        lambda states: logits(params, cfg, states),
+        num_kinds=len(LOSSES),
+        most=cfg.most_labels,
+    )
 
 
 def flow_loss(params, cfg, batch, cached, rng):

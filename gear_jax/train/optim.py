@@ -96,6 +96,15 @@ def labels(shapes: Any, table: Table) -> Any:
     return tree
 
 
+def stop_frozen(params: Any, table: Table) -> Any:
+    """The same parameters, those that stay without a gradient: their backward pass is left out."""
+    return jax.tree.map(
+        lambda x, label: jax.lax.stop_gradient(x) if label == FROZEN else x,
+        params,
+        labels(params, table),
+    )
+
+
 def make_tx(shapes: Any, config: OptimConfig) -> optax.GradientTransformation:
     """The optimiser of a parameter tree; frozen leaves get no moments.
 

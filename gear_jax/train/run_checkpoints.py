@@ -205,9 +205,7 @@ class RunCheckpoints:
             NoCheckpointError: no step, or all are damaged.
             ValueError: the stored arrays are not those that `targets` describes.
         """
-        step = self._newest_whole(say)
-        if step is None:
-            raise NoCheckpointError(f"{self.directory}: no checkpoint")
+        step = self.newest(say=say)
         arguments = ocp.checkpoint_utils.construct_restore_args(targets)
         with ocp.PyTreeCheckpointer() as checkpointer:
             try:
@@ -220,6 +218,17 @@ class RunCheckpoints:
                     f"{self.path(step)}: not the arrays this config makes: {error}"
                 ) from error
         return Restored(step, state, self._meta(step))
+
+    def newest(self, *, say=print) -> int:
+        """The newest step whose files are what was written.
+
+        Raises:
+            NoCheckpointError: no step, or all are damaged.
+        """
+        step = self._newest_whole(say)
+        if step is None:
+            raise NoCheckpointError(f"{self.directory}: no checkpoint")
+        return step
 
     def _newest_whole(self, say) -> int | None:
         steps = self.steps()

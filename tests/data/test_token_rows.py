@@ -56,8 +56,9 @@ def _one(batch, fast=(0, 2), config=CONFIG):
     length = int((made["segments"][0] > 0).sum())
     assert (made["segments"][0][length:] == 0).all()
     assert (made["labels"][0][length:] == IGNORE).all()
-    return {k: v[:, 0, :length] if k == "positions" else v[0] if k.startswith(("latent", "chunk")) else
-            v[0, :length] for k, v in made.items()}  # fmt: skip
+    made["positions"] = made["positions"][:, 0, :length][None]
+    whole = ("positions", "latent_index", "latent_valid", "chunk_position")
+    return {k: v[0] if k in whole else v[0, :length] for k, v in made.items()}
 
 
 def test_a_robots_row_has_the_papers_order():
