@@ -83,7 +83,7 @@ def train(config, workdir):
 
 def _end(code, error=None):
     if error is not None:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{'' if code == exits.PREEMPTED else 'error: '}{error}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     hosts.end(code, together=code in (exits.DONE, exits.PREEMPTED))

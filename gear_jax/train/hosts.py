@@ -36,12 +36,11 @@ def join(
     Raises:
         ValueError: some of the three without the others, or an address that cannot serve.
     """
-    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    missing = [name for name, value in given.items() if value is None]
-    if len(missing) == 3:
+    if coordinator is None and num_processes is None and process_id is None:
         coordinator, num_processes, process_id = _cluster() or (_alone(), 1, 0)
-    elif missing:
-        raise ValueError(f"{', '.join(missing)} not given: expected {', '.join(given)} or none")
+    if coordinator is None or num_processes is None or process_id is None:
+        given = f"coordinator {coordinator}, num_processes {num_processes}, process_id {process_id}"
+        raise ValueError(f"{given}: expected all three or none")
     if not 0 <= process_id < num_processes:
         raise ValueError(f"process_id is {process_id}: expected 0 .. {num_processes - 1}")
     if num_processes > 1:

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl for programs, a line now and then for a person."""
+"""What a run says: metrics.jsonl, an event file for TensorBoard, a line now and then."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from gear_jax.train import exits
+from gear_jax.train.event_file import EventFile
 from gear_jax.train.exits import StopRunError
 
 # dense bfloat16 FLOP/s of one device, by jax's device_kind; vendors' data sheets
@@ -55,6 +56,7 @@ class Log:
             ]
             path.write_text("".join(f"{line}\n" for line in kept))
             self.file = path.open("a")
+            self.events = EventFile(workdir / "tensorboard", begun)
 
     def step(self, step, metrics, samples):
         """Metrics of a step that is done; raises when too many were not finite."""
@@ -94,6 +96,7 @@ class Log:
         if self.leads:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
+            self.events.add(row["step"], _flat(row))
 
     def _say(self, step, values):
         if self.leads:
@@ -104,6 +107,18 @@ class Log:
         """Close the file."""
         if self.leads:
             self.file.close()
+            self.events.close()
+
+
+def _flat(row):
+    """{tag: number} without the step; a list becomes one tag for each place."""
+    flat = {}
+    for key, value in row.items():
+        if isinstance(value, list):
+            flat |= {f"{key}/{place}": one for place, one in enumerate(value)}
+        elif key != "step":
+            flat[key] = value
+    return flat
 
 
 def _short(value):

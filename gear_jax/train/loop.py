@@ -3,7 +3,8 @@
     stage, config -> restore or initialise -> [batch -> step -> log, evaluate, save] -> final step
 
 Metrics are read one step late, so that the device never waits for the host. The place in the data
-is one number and lies in the same checkpoint as the state.
+is one number and lies in the same checkpoint as the state. All processes save the same steps: those
+of a cadence, that process 0 finds due by its clock, and the one agreed on after a SIGTERM to any.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gear_jax.train import exits, sharding
 from gear_jax.train.exits import StopRunError
@@ -27,6 +29,7 @@ from gear_jax.train.log import Log
 from gear_jax.train.optim import OptimConfig, make_tx
 from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints, SaveError
 from gear_jax.train.state import TrainState, make_train_step, new_state, state_shardings
+from gear_jax.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +84,23 @@ class LoopConfig:
     Attributes:
         log_every: steps between two lines.
         checkpoint_every: steps between two checkpoints.
+        checkpoint_minutes: and after so much time as well, looked at where a line is due.
         keep: newest checkpoints that stay.
         keep_every: checkpoints at multiples of this stay as well; None keeps no others.
         max_bad_steps: steps in a row that may be not finite.
+        watchdog_minutes: that a step or its data may take; compiling, evaluating and saving may
+            take 6 times as long.
         resume: "auto" goes on where there is something, "must" refuses to begin, "never" refuses
             to go on.
     """
 
     log_every: int = 50
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = 20.0
     keep: int = 3
     keep_every: int | None = None
     max_bad_steps: int = 10
+    watchdog_minutes: float = 10.0
     resume: Literal["auto", "must", "never"] = "auto"
 
 
@@ -121,19 +129,20 @@ def run(
         The state after the last step, saved.
 
     Raises:
-        StopRunError: with the exit code that fits.
+        StopRunError: with the exit code that fits; PREEMPTED after a SIGTERM, once all is saved.
         DataError: data that cannot be used, or are not those of the checkpoint.
     """
     workdir = pathlib.Path(workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     lock = _lock(workdir)
-    checkpoints = None
+    checkpoints, watch = None, Watchdog(config.watchdog_minutes)
+    say = say if jax.process_index() == 0 else _nothing
     try:
         with jax.set_mesh(mesh):
             checkpoints = RunCheckpoints(
                 workdir / "checkpoints", keep=config.keep, keep_every=config.keep_every
             )
-            return _run(stage, config, workdir, mesh, seed, record, say, checkpoints)
+            return _run(stage, config, workdir, mesh, seed, record, say, checkpoints, watch)
     except SaveError as error:
         raise StopRunError(exits.SAVE, str(error)) from error
     except NoCheckpointError as error:
@@ -142,10 +151,15 @@ def run(
         if checkpoints is not None:
             with contextlib.suppress(SaveError):  # said already, or lost with a run that failed
                 checkpoints.close()
+        watch.stop()
         lock.close()
 
 
-def _run(stage, config, workdir, mesh, seed, record, say, checkpoints):
+def _nothing(_):
+    pass
+
+
+def _run(stage, config, workdir, mesh, seed, record, say, checkpoints, watch):
     params, _ = jax.eval_shape(stage.init, jax.random.key(0))
     tx = make_tx(params, stage.optim)
     make = functools.partial(new_state, stage.init, tx, seed, stage.ema_decay is not None)
@@ -156,46 +170,97 @@ def _run(stage, config, workdir, mesh, seed, record, say, checkpoints):
         (workdir / "config.json").write_text(json.dumps(record, indent=1))
     begun, num_steps = int(state.step), stage.optim.num_steps
     rows = sharding.batch_sharding(mesh)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     step_fn = jax.jit(
         make_train_step(stage.loss, tx, stage.ema_decay, stage.optim.accumulate),
         donate_argnums=0,
         in_shardings=(shardings, rows),
-        out_shardings=(shardings, None),
+        out_shardings=(shardings, everywhere),
     )
     log = Log(workdir, begun, num_steps, config, stage.flops_per_sample, say)
+    clock = _Clock(config)
+    watch.at("opening the data", slow=True)
     stream, late = stage.open_stream(data), None
     try:
-        for step in range(begun, num_steps):
+        for step in range(begun + 1, num_steps + 1):
+            watch.at(f"data of step {step}", slow=step == begun + 1)
             waited = time.perf_counter()
-            batch = next(stream)
+            batch = _next(stream, step)
             log.waited += time.perf_counter() - waited
-            arrays = {
-                key: jax.make_array_from_process_local_data(rows, value)
-                for key, value in stage.arrays(batch).items()
-            }
+            watch.at(f"step {step}", slow=step == begun + 1)
+            arrays = _to_devices(stage.arrays(batch), rows, stage.optim.accumulate)
             state, metrics = step_fn(state, arrays)
             if late is not None:
                 log.step(*late)
-            late = step + 1, metrics, batch["sample"]
+            late = step, metrics, batch["sample"]
             checkpoints.poll()
-            due = [
-                name for name, one in stage.evaluators.items()
-                if (step + 1) % one.every == 0 or step + 1 == num_steps
-            ]  # fmt: skip
-            save = (step + 1) % config.checkpoint_every == 0 or step + 1 == num_steps
+            last = step == num_steps
+            due = [n for n, one in stage.evaluators.items() if step % one.every == 0 or last]
+            preempted = multihost_utils.reached_preemption_sync_point(step) and not last
+            save = step % config.checkpoint_every == 0 or last or preempted or clock.due(step)
             if due or save:
                 log.step(*late)
                 late = None
-            if due:
-                log.evaluated(step + 1, due, stage.evaluators, state)
+            if due and not preempted:
+                watch.at(f"evaluation after step {step}", slow=True)
+                log.evaluated(step, due, stage.evaluators, state)
             if save:
+                watch.at(f"saving step {step}", slow=True)
                 meta = {"data": stream.state(), "record": record, "mesh": dict(mesh.shape)}
-                checkpoints.save(step + 1, state, meta)
+                checkpoints.save(step, state, meta)
+                clock.saved()
+            if preempted:
+                checkpoints.finish(step)
+                raise StopRunError(
+                    exits.PREEMPTED, f"preempted: step {step} is saved; launch again to go on"
+                )
     finally:
         stream.close()
         log.close()
-    checkpoints.wait()
+    watch.at("finishing the last checkpoint", slow=True)
+    checkpoints.finish(num_steps)
     return state
+
+
+def _next(stream, step):
+    try:
+        return next(stream)
+    except RuntimeError as error:  # a worker is gone
+        raise StopRunError(
+            exits.INTERNAL, f"data of step {step}: {error}; launch again to go on"
+        ) from error
+
+
+def _to_devices(arrays, rows, accumulate):
+    """Rows of this host, on its devices."""
+    count = len(next(iter(arrays.values())))
+    places = rows.addressable_devices_indices_map((rows.num_devices,))
+    parts = len({where.start for (where,) in places.values()})
+    if count % (parts * accumulate):
+        raise ValueError(
+            f"{count} rows of a batch on this host: expected a multiple of {parts} (places of the "
+            f"mesh) x {accumulate} (optim.accumulate)"
+        )
+    return {k: jax.make_array_from_process_local_data(rows, v) for k, v in arrays.items()}
+
+
+class _Clock:
+    """When time alone asks for a checkpoint: process 0 decides, and all look at the same steps."""
+
+    def __init__(self, config):
+        self._every, self._seconds = config.log_every, 60 * config.checkpoint_minutes
+        self.saved()
+
+    def saved(self):
+        self._since = time.monotonic()
+
+    def due(self, step):
+        if step % self._every:
+            return False
+        late = time.monotonic() - self._since >= self._seconds
+        if jax.process_count() > 1:
+            late = multihost_utils.broadcast_one_to_all(np.array(late))
+        return bool(late)
 
 
 def _begin(stage, config, checkpoints, make, shapes, shardings, record, say):

@@ -12,12 +12,14 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gear_jax.train import checkpoint
 
 _BIN, _STATE, _META = ".trash", "state", "meta"
+_SPARE = 1.2  # of a state's bytes must be free before it is written
 
 
 class NoCheckpointError(Exception):
@@ -54,6 +56,7 @@ class RunCheckpoints:
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._sealing: concurrent.futures.Future | None = None
         self._saving: int | None = None
+        self._read_only, self._bytes = read_only, 0
         if self._leads:
             self._clear("*")
         options = ocp.CheckpointManagerOptions(
@@ -100,7 +103,10 @@ class RunCheckpoints:
             SaveError: this save, or the one before, could not be written.
         """
         self.wait()
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
+            if self._leads and self._free() < _SPARE * self._bytes:
+                raise OSError("the disk is too full to begin")
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -134,6 +140,19 @@ class RunCheckpoints:
         if self._sealing is not None:
             self._finish_seal(self._sealing)
 
+    def finish(self, step: int) -> None:
+        """Return when everything is written, and `step` was read back as it was written.
+
+        Raises:
+            SaveError: it was not.
+        """
+        self.wait()
+        if self._leads:
+            try:
+                checkpoint.verify_digests(self.path(step))
+            except (OSError, ValueError) as error:
+                raise SaveError(f"{self.path(step)}: was saved, and then: {error}") from error
+
     def _seal(self, step: int) -> None:
         self._saving = None
         try:
@@ -158,9 +177,18 @@ class RunCheckpoints:
 
     def _fail(self, step, error):
         """Remove what a failed save left, so that it does not keep a full disk full."""
+        free = self._free()
         if self._leads:
             self._clear(step)
-        raise SaveError(f"{self.path(step)}: could not be saved: {error}") from error
+        needed = int(_SPARE * self._bytes)
+        raise SaveError(
+            f"{self.path(step)}: could not be saved: {str(error)[:500]}; {needed} bytes are needed "
+            f"and {free} were free; earlier steps are untouched"
+        ) from error
+
+    def _free(self) -> int:
+        folder = next(one for one in (self.directory, *self.directory.parents) if one.exists())
+        return shutil.disk_usage(folder).free
 
     def _clear(self, step) -> None:
         """Remove what a save that never ended left of a step."""
@@ -231,6 +259,21 @@ class RunCheckpoints:
         return step
 
     def _newest_whole(self, say) -> int | None:
+        """A reader looks for itself; trainers go by what process 0 finds."""
+        if self._read_only or jax.process_count() == 1:
+            return self._search(say)
+        found, error = None, None
+        if self._leads:
+            try:
+                found = self._search(say)
+            except NoCheckpointError as damaged:
+                found, error = -2, damaged
+        step = int(multihost_utils.broadcast_one_to_all(np.array(-1 if found is None else found)))
+        if step == -2:
+            raise error or NoCheckpointError(f"{self.directory}: all steps are damaged")
+        return None if step == -1 else step
+
+    def _search(self, say) -> int | None:
         steps = self.steps()
         for step in reversed(steps):
             try:

@@ -40,7 +40,7 @@ def test_a_host_whose_name_is_loopback_to_itself_is_refused(monkeypatch):
 
 
 def test_half_an_address_is_refused_by_what_is_missing():
-    with pytest.raises(ValueError, match="coordinator, num_processes not given: expected coord"):
+    with pytest.raises(ValueError, match="process_id 1: expected all three or none"):
         hosts.join(process_id=1)
     with pytest.raises(ValueError, match=r"process_id is 2: expected 0 .. 1"):
         hosts.join("127.0.0.1:1", 2, 2)
