@@ -45,7 +45,7 @@ def labelled_token_loss(hidden, labels, kinds, logits, *, num_kinds, most, chunk
         float32[], mean over the labelled positions 1 .. T-1 of the whole batch, 0 if there is none;
         float32[num_kinds], the same over those of each kind.
     """
-    targets, width = labels[:, 1:], hidden.shape[-1]
+    targets = labels[:, 1:]
     counted = targets != IGNORE
     most = min(most, targets.shape[1])
     _, places = jax.lax.top_k(counted.astype(jnp.int32), most)

@@ -116,11 +116,11 @@ def make_batch(config, cfg):
     index = np.full(tokens.shape, -1, np.int32)
     index[:, :visual] = np.arange(visual)
     positions = np.broadcast_to(np.arange(visual + text, dtype=np.int32), (3, *tokens.shape))
-    view_mask = np.ones((4, config.num_views), bool)
-    view_mask[::2, 1] = False
+    scenes = np.zeros((4, config.num_views), np.int32)
+    scenes[::2, 1] = -1  # an absent view
     images = rng.integers(0, 256, (4, config.num_views, side, side, 3), dtype=np.uint8)
     batch = {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens)}
-    batch |= {"insert_index": index, "images": images, "view_mask": view_mask}
+    batch |= {"insert_index": index, "images": images, "scenes": scenes}
     return jax.tree.map(jnp.asarray, batch)
 
 
@@ -128,7 +128,7 @@ def prove(params, cfg, batch, config):
     """Yield (claim, printed value, whether it holds)."""
 
     def logits(params, batch, cfg=cfg):
-        inserts = vlm.view_embeddings(params, cfg, batch["images"], batch["view_mask"])
+        inserts = vlm.view_embeddings(params, cfg, batch["images"], batch["scenes"])
         return vlm.logits(params, vlm.forward(params, cfg, batch, inserts)[0])
 
     run = jax.jit(logits)
@@ -169,7 +169,7 @@ def prove(params, cfg, batch, config):
     claim = f"logits on a mesh {dict(config.mesh)} against one device, largest difference"
     yield claim, float(f"{error:.2g}"), error < 1e-5
 
-    inserts = jax.jit(lambda p, b: vlm.view_embeddings(p, cfg, b["images"], b["view_mask"]))
+    inserts = jax.jit(lambda p, b: vlm.view_embeddings(p, cfg, b["images"], b["scenes"]))
     inserts = inserts(stepped, batch)
     generate = jax.jit(lambda p, b, i: vlm.generate(p, cfg, b, i, max_new_tokens=config.new_tokens))
     tokens, _ = generate(stepped, batch, inserts)

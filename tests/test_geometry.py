@@ -226,7 +226,7 @@ def test_rotations_come_back_from_euler_angles(rotvec, how):
 
 @properties
 @hypothesis.given(st.integers(0, 2**31 - 1), st.integers(1, 30))
-def test_a_chunk_comes_back_and_does_not_know_the_base_frame(seed, chunk_len):
+def test_e6_a_chunk_comes_back_and_does_not_know_the_base_frame(seed, chunk_len):
     pose, base, *future = _poses(2 + chunk_len, seed=seed)
     future = np.stack(future)
     chunk = g.relative_chunk(pose, future)

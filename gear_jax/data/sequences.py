@@ -174,7 +174,9 @@ def token_rows(
         int32[B, T], `LATENT_BLOCK`, `FAST_BLOCK` or 0; insert_index int32[B, T] into the views'
         embeddings, then the four state tokens, the learned latents and the robot's own; positions
         int32[3, B, T]; latent_index int32[B, M], where each latent token stands, and latent_valid
-        bool[B, M]; chunk_position int32[B], the place in m-rope that the action chunk follows.
+        bool[B, M]; chunk_position int32[B], the place in m-rope that the action chunk follows;
+        scenes int32[B, V]: a robot's views show one scene, images of a question one each, absent
+        ones -1.
 
     Raises:
         ValueError: a row too long or with too much to learn, or text that spells a reserved token.
@@ -213,6 +215,9 @@ def token_rows(
     for row, column in np.argwhere(latent >= 0):
         out["latent_index"][row, latent[row, column]] = column
         out["latent_valid"][row, latent[row, column]] = out["segments"][row, column] == 1
+    asked = np.array([bool(answer) for answer in batch["answer"]])[:, None]
+    scenes = np.where(asked, np.arange(len(VIEWS), dtype=np.int32)[None], np.int32(0))
+    out["scenes"] = np.where(batch["view_mask"], scenes, np.int32(-1))
     before = valid & (out["acts"] == 0) & (out["labels"] == IGNORE)
     last = np.where(latent >= 0, np.arange(config.length)[None], -1).max(axis=1)
     last = np.where(last >= 0, last, config.length - 1 - before[:, ::-1].argmax(axis=1))

@@ -5,7 +5,7 @@
                             +- stop_gradient(K/V of the latent tokens) -> expert -> chunk  (eq. 2)
 
 `latent_cache` is the only producer of what the expert sees, and the only stop_gradient of this
-system. A batch is that of `data/sequences.py` with images, view_mask, state, embodiment_id, action
+system. A batch is that of `data/sequences.py` with images, state, embodiment_id, action
 and action_mask of the stream. Source: GEAR-VLA 3, systems.md 2.
 """
 
@@ -146,7 +146,7 @@ def init(cfg, rng):
 
 def encode(params, cfg, batch):
     """What stands in for pad tokens, [B, I, D], in the order of `token_rows`' insert_index."""
-    views = vlm.view_embeddings(params, cfg.vlm, batch["images"], batch["view_mask"])
+    views = vlm.view_embeddings(params, cfg.vlm, batch["images"], batch["scenes"])
     tokens, _ = StateProjector(cfg.state).apply(
         {"params": params["state"]}, batch["state"], batch["embodiment_id"]
     )
@@ -190,7 +190,7 @@ def prefill(params, cfg, batch, drops=None):
     inserts = encode(params, cfg, batch)
     concealed = None
     if drops is not None:
-        # an expert that sees views and state itself has them dropped there (App. A as it is written)
+        # an expert that sees views and state itself has them dropped there (App. A, literally)
         least = LATENT_BLOCK if cfg.kv_sources == ("latent",) else FAST_BLOCK
         concealed = jnp.where(batch["acts"] >= least, drops[:, None], 0)
     hidden, kv, _ = vlm.forward(params, cfg.vlm, batch, inserts, hidden_groups=concealed)

@@ -65,7 +65,7 @@ def visual_embeddings(params, cfg, visual):
     return merged.reshape(merged.shape[0], -1, merged.shape[-1])
 
 
-def view_embeddings(params, cfg, images, view_mask=None):
+def view_embeddings(params, cfg, images, scenes=None):
     """Embeddings of a robot's camera views, with the 3D branch when the config has one.
 
     Args:
@@ -73,7 +73,7 @@ def view_embeddings(params, cfg, images, view_mask=None):
         cfg: VlmConfig.
         images: uint8[B, V, H, W, 3], H and W multiples of the vision tower's window (448 px: 256
             embeddings a view).
-        view_mask: bool[B, V], False for absent views, or None.
+        scenes: int32[B, V], which views show the same scene, -1 for absent ones (towers/vggt.py).
 
     Returns:
         [B, V * H/28 * W/28, D], view by view, row by row.
@@ -88,7 +88,7 @@ def view_embeddings(params, cfg, images, view_mask=None):
         scene = Vggt(cfg.geometry).apply(
             {"params": params["geometry"]},
             images.astype(jnp.float32) / 255.0,
-            view_mask,
+            scenes,
             taps=(cfg.geometry_tap,),
         )[0, :, :, cfg.geometry.num_special :]
         patch = cfg.geometry.patch_size

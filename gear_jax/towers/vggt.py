@@ -84,13 +84,14 @@ class Vggt(nn.Module):
     cfg: VggtConfig
 
     @nn.compact
-    def __call__(self, images, view_mask=None, taps=(-1,)):
+    def __call__(self, images, scenes=None, taps=(-1,)):
         """Outputs of the tapped pairs of blocks.
 
         Args:
-            images: float[B, V, H, W, 3] in 0 .. 1; H and W multiples of the patch size. View 0 is
-                the reference view and must be a real one.
-            view_mask: bool[B, V], False for absent views; None when all are real.
+            images: float[B, V, H, W, 3] in 0 .. 1; H and W multiples of the patch size.
+            scenes: int32[B, V], number of the scene that a view shows, below V; -1 for an absent
+                view; None: all show scene 0. Views of a scene see each other; the first is its
+                reference view.
             taps: pairs of blocks, negative ones from the end.
 
         Returns:
@@ -116,15 +117,19 @@ class Vggt(nn.Module):
         camera = self.param("camera", init, (2, 1, c.width), c.param_dtype)
         registers = self.param("registers", init, (2, c.num_registers, c.width), c.param_dtype)
         special = jnp.concatenate([camera, registers], axis=1).astype(c.dtype)
-        special = special[np.minimum(np.arange(views), 1)]  # row 0: view 0; row 1: every other view
-        special = jnp.broadcast_to(special[None], (batch, *special.shape))
+        later = jnp.broadcast_to(jnp.arange(views)[None] > 0, (batch, views))
+        if scenes is not None:
+            earlier = jnp.tril(jnp.ones((views, views), bool), -1)[None]
+            same = scenes[:, :, None] == scenes[:, None, :]
+            later = jnp.any(same & earlier, axis=-1) | (scenes < 0)
+        special = special[later.astype(jnp.int32)]  # row 0: reference views; row 1: all others
         x = jnp.concatenate([special, x], axis=2)
 
         angles = _angles(height // c.patch_size, width // c.patch_size, c)
         angles = jnp.broadcast_to(angles[None, None], (batch, views, *angles.shape))
         segments = None
-        if view_mask is not None:
-            segments = jnp.broadcast_to(view_mask[:, :, None], x.shape[:3]).astype(jnp.int32)
+        if scenes is not None:
+            segments = jnp.broadcast_to(scenes[:, :, None] + 1, x.shape[:3])
         _, taps, _ = run_layers(
             _Pair(c, name="layers"),
             x,

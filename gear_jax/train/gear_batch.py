@@ -1,4 +1,4 @@
-"""A batch on its way to the devices: flat and row by row outside, as systems/gear.py reads it inside.
+"""A batch on its way to the devices: flat and by rows outside, nested where it is read.
 
 Stream -> arrays -> sharded over rows -> nested -> gear.loss
 """
@@ -15,7 +15,7 @@ from gear_jax.systems.gear import GearConfig
 from gear_jax.towers.action_expert import ActionExpertConfig
 
 # What a train step reads of a batch.
-_ARRAYS = ("images", "view_mask", "embodiment_id", "action", "action_mask", "tokens", "labels",
+_ARRAYS = ("images", "scenes", "embodiment_id", "action", "action_mask", "tokens", "labels",
            "segments", "groups", "acts", "insert_index", "positions", "latent_index",
            "latent_valid", "chunk_position")  # fmt: skip
 
@@ -45,7 +45,7 @@ def expected_arrays(
     i32, f32, flag = jnp.int32, jnp.float32, jnp.bool_
     shapes = {
         "images": ((3, image_size, image_size, 3), jnp.uint8),
-        "view_mask": ((3,), flag),
+        "scenes": ((3,), i32),
         "embodiment_id": ((), i32),
         "action": ((chunk.chunk_len, chunk.action_dim), f32),
         "action_mask": ((chunk.chunk_len, chunk.action_dim), flag),

@@ -116,8 +116,9 @@ def describe(
     if idle:
         raise ValueError(f"config: trainable, and no loss reaches them: {', '.join(idle[:5])}")
     rows, devices, parts = config.data.batch_size, mesh.devices.size, optim.accumulate
+    view = math.prod(sequence.view_grid)
     lines.append(
-        f"rows of {sequence.length} tokens, {sequence.view_grid[0] * sequence.view_grid[1]} a view; "
+        f"rows of {sequence.length} tokens, {view} a view; "
         f"batch {rows} = {devices} devices x {rows / devices / parts:g} rows x "
         f"{parts} parts; mesh {dict(mesh.shape)}"
     )

@@ -37,7 +37,7 @@ def encode():
 
 
 @pytest.mark.parametrize("frame", range(6))
-def test_latents_of_transitions_that_end_before_a_frame_do_not_see_it(made, encode, frame):
+def test_e11_latents_of_transitions_that_end_before_a_frame_do_not_see_it(made, encode, frame):
     frames = _frames()
     before = encode(made[0], frames)
     after = encode(made[0], frames.at[:, frame].set(-0.3))

@@ -39,7 +39,7 @@ def batch():
     index[:, 2 : 2 + visual] = np.arange(visual)
     return {
         "images": rng.integers(0, 256, (BATCH, VIEWS, SIDE, SIDE, 3), dtype=np.uint8),
-        "view_mask": np.array([[1, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0]], bool),
+        "scenes": np.array([[1, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0]], np.int32) - 1,
         "tokens": rng.integers(0, 400, (BATCH, length), dtype=np.int32),
         "positions": np.ascontiguousarray(
             np.broadcast_to(np.arange(length, dtype=np.int32), (3, BATCH, length))
@@ -50,7 +50,7 @@ def batch():
 
 
 def _logits(params, batch, cfg):
-    inserts = vlm.view_embeddings(params, cfg, batch["images"], batch["view_mask"])
+    inserts = vlm.view_embeddings(params, cfg, batch["images"], batch["scenes"])
     return vlm.logits(params, vlm.forward(params, cfg, batch, inserts)[0])
 
 
@@ -58,7 +58,7 @@ def _loss(params, batch, cfg):
     return next_token_loss(_logits(params, batch, cfg), batch["tokens"])
 
 
-def test_the_3d_branch_is_bitwise_invisible_at_the_start(params, batch, cfg):
+def test_e3_the_3d_branch_is_bitwise_invisible_at_the_start(params, batch, cfg):
     flat = dataclasses.replace(cfg, geometry=None)
     with_branch = jax.jit(_logits, static_argnums=2)(params, batch, cfg)
     without = jax.jit(_logits, static_argnums=2)(params, batch, flat)
@@ -114,11 +114,11 @@ def test_eight_devices_equal_one_on_forward_and_gradients(params, batch, cfg):
 
 def test_absent_views_change_nothing_that_real_tokens_say(params, batch, cfg):
     noisy = batch["images"].copy()
-    noisy[~batch["view_mask"]] = 7
+    noisy[batch["scenes"] < 0] = 7
     # what the language tower sees of absent views is decided by the sequence; here: nothing
     segments, real = (
         batch["segments"].copy(),
-        np.repeat(batch["view_mask"], (SIDE // 28) ** 2, axis=1),
+        np.repeat(batch["scenes"] >= 0, (SIDE // 28) ** 2, axis=1),
     )
     segments[:, 2 : 2 + real.shape[1]] = np.where(real, 1, 0)
     run = jax.jit(_logits, static_argnums=2)

@@ -20,22 +20,30 @@ def params():
 
 
 def test_absent_views_are_invisible_to_the_others(params):
-    mask = jnp.asarray([[True, True, False], [True, False, True]])
-    apply = jax.jit(lambda images, mask: Vggt(CFG).apply(params, images, mask)[0])
-    before = apply(IMAGES, mask)
-    noise = np.where(np.asarray(mask)[..., None, None, None], 0, 1).astype(np.float32)
-    after = apply(IMAGES + noise, mask)
-    real = np.asarray(mask)
+    scenes = jnp.asarray([[0, 0, -1], [0, -1, 0]])
+    apply = jax.jit(lambda images, scenes: Vggt(CFG).apply(params, images, scenes)[0])
+    before = apply(IMAGES, scenes)
+    noise = np.where(np.asarray(scenes)[..., None, None, None] < 0, 1, 0).astype(np.float32)
+    after = apply(IMAGES + noise, scenes)
+    real = np.asarray(scenes) >= 0
     np.testing.assert_array_equal(np.asarray(after)[real], np.asarray(before)[real])
     assert np.all(np.isfinite(after))
     assert np.any(np.asarray(after)[~real] != np.asarray(before)[~real])
 
 
-def test_a_scene_with_absent_views_equals_the_scene_without_them(params):
-    mask = jnp.asarray([[True, False, False], [True, False, False]])
-    masked = Vggt(CFG).apply(params, IMAGES, mask)[0, :, :1]
+def test_e5_a_scene_with_absent_views_equals_the_scene_without_them(params):
+    scenes = jnp.asarray([[0, -1, -1], [0, -1, -1]])
+    masked = Vggt(CFG).apply(params, IMAGES, scenes)[0, :, :1]
     alone = Vggt(CFG).apply(params, IMAGES[:, :1])[0]
     np.testing.assert_allclose(masked, alone, atol=1e-5)
+
+
+def test_views_of_other_scenes_are_as_if_each_scene_came_alone(params):
+    scenes = jnp.asarray([[0, 1, 2], [0, 1, 0]])
+    made = Vggt(CFG).apply(params, IMAGES, scenes)[0]
+    for row, views in ((0, [0]), (0, [1]), (0, [2]), (1, [0, 2]), (1, [1])):
+        alone = Vggt(CFG).apply(params, IMAGES[row : row + 1, views])[0, 0]
+        np.testing.assert_allclose(made[row, np.array(views)], alone, atol=1e-5)
 
 
 def test_taps_count_from_either_end_and_the_default_is_the_last(params):

@@ -1,7 +1,7 @@
-"""A procedural robot: it reaches for the disc whose colour it is told, and closes its gripper there.
+"""A procedural robot: it reaches for the disc of the colour that it is told, and closes its gripper.
 
-Everything that a robot's recording has, drawn when it is read: a head view from above, a wrist view,
-end-effector poses, joints, gripper commands and an instruction. Nothing to download; what the tests
+Everything that a robot's recording has, drawn when it is read: a head view from above, a wrist
+view, end-effector poses, joints, gripper commands and an instruction. Nothing to download; what the tests
 and the debug configs train on. The hand is a white ring in the head view, wider the higher it is.
 """
 
@@ -118,7 +118,7 @@ class ReachEpisode:
 
     def has(self, key: str) -> bool:
         """Whether the key is one of `ReachSource.keys`."""
-        return key in self.source.keys()
+        return key in {**_NUMBERS, HEAD: 0, WRIST: 0, "instruction": 0}
 
     def read(self, key: str) -> np.ndarray:
         """Numbers of every step."""
@@ -163,7 +163,7 @@ class ReachEpisode:
 
     @functools.cached_property
     def _path(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Position float[E, 3], yaw float[E], opening float[E]: a minimum-jerk way, then a grasp."""
+        """Position float[E, 3], yaw float[E], opening float[E]: a minimum-jerk way, a grasp."""
         s = self.scene
         time = np.arange(self.num_steps) / self.fps
         part = np.clip(time / self.source.seconds, 0, 1)
