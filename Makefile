@@ -6,13 +6,17 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: quickstart test lint bench venv clean
+.PHONY: quickstart test faults lint bench venv clean
 
 quickstart: $(READY)
 	$(RUN) -m launch.quickstart
 
 test: $(READY)
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+# the long forms of tests/faults, with their figures; `make test` runs the short ones
+faults: $(READY)
+	FAULTS_LONG=1 $(RUN) -m pytest tests/faults -s
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -74,8 +74,9 @@ def train(config, workdir):
     mesh = sharding.make_mesh(config.mesh)
     stage = STAGES[config.stage](config, mesh)
     record = json.loads(config.to_json())
-    for key in ("loop", "mesh"):  # how it is run, not what is learned
-        del record[key]
+    for path in ("loop", "mesh", "data.num_workers", "optim.accumulate"):
+        *folders, key = path.split(".")  # how it is run, not what is learned
+        functools.reduce(dict.get, folders, record).pop(key, None)
     loop_config = loop.LoopConfig(**config.loop)
     say = functools.partial(print, flush=True)
     return loop.run(stage, loop_config, workdir, mesh, seed=config.seed, record=record, say=say)

@@ -105,8 +105,8 @@ class RunCheckpoints:
         self.wait()
         self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
-            if self._leads and self._free() < _SPARE * self._bytes:
-                raise OSError("the disk is too full to begin")
+            if self._leads:
+                self._look_before()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -183,8 +183,15 @@ class RunCheckpoints:
         needed = int(_SPARE * self._bytes)
         raise SaveError(
             f"{self.path(step)}: could not be saved: {str(error)[:500]}; {needed} bytes are needed "
-            f"and {free} were free; earlier steps are untouched"
+            f"and {free} were free"
         ) from error
+
+    def _look_before(self) -> None:
+        known = self._manager.all_steps()
+        if known and not self.path(max(known)).is_dir():  # Orbax would begin an empty directory
+            raise OSError(f"step {max(known)}, which was there, has vanished")
+        if self._free() < _SPARE * self._bytes:
+            raise OSError("the disk is too full to begin")
 
     def _free(self) -> int:
         folder = next(one for one in (self.directory, *self.directory.parents) if one.exists())

@@ -191,3 +191,18 @@ def test_loaded_parameters_of_another_shape_are_refused_by_name(tmp_path):
     stage = dataclasses.replace(_stage(), load=lambda p: {"v": p["w"]})
     with pytest.raises(ValueError, match="load gave parameters .*'v'.*: expected .*'w'"):
         _run(tmp_path / "b", stage)
+
+
+def test_time_alone_asks_for_a_checkpoint_where_a_line_is_due(tmp_path):
+    steps = {}
+    for minutes in (0.0, 60.0):
+        workdir = tmp_path / str(minutes)
+        _run(workdir, checkpoint_every=100, checkpoint_minutes=minutes, keep=10)
+        steps[minutes] = sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+    assert steps == {0.0: [2, 4, 6, 8], 60.0: [8]}
+
+
+def test_rows_that_do_not_fill_the_mesh_in_parts_are_refused(tmp_path):
+    stage = dataclasses.replace(_stage(), optim=dataclasses.replace(_stage().optim, accumulate=2))
+    with pytest.raises(ValueError, match=r"8 rows .* a multiple of 8 \(places of the mesh\) x 2"):
+        _run(tmp_path, stage)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints
+from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints, SaveError
 
 STATE = {"params": {"w": jnp.arange(4.0)}, "moments": {"w": jnp.ones(4)}, "rng": jax.random.key(3)}
 
@@ -119,6 +119,33 @@ def test_arrays_of_eight_devices_come_back_on_any_number(tmp_path):
         got = checkpoints.restore(target).state["w"]
         assert got.sharding.is_equivalent_to(where, 2)
         assert np.asarray(got).tobytes() == np.asarray(values).tobytes()
+    checkpoints.close()
+
+
+def test_a_step_that_changed_after_it_was_saved_is_not_called_finished(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path)
+    checkpoints.save(1, STATE, {})
+    checkpoints.finish(1)
+    checkpoints.save(2, STATE, {})
+    checkpoints.wait()
+    _damage(tmp_path, 2)
+    with pytest.raises(SaveError, match="2: was saved, and then: .* damaged: state/"):
+        checkpoints.finish(2)
+    checkpoints.close()
+
+
+def test_a_disk_without_room_is_found_out_before_anything_is_written(tmp_path, monkeypatch):
+    checkpoints = RunCheckpoints(tmp_path)
+    checkpoints.save(1, STATE, {})
+    checkpoints.wait()
+    needed = int(1.2 * (16 + 16 + 8))
+    monkeypatch.setattr(RunCheckpoints, "_free", lambda self: needed - 1)
+    with pytest.raises(SaveError, match=f"too full to begin; {needed} bytes are needed and 47"):
+        checkpoints.save(2, STATE, {})
+    assert checkpoints.steps() == [1]
+    monkeypatch.undo()
+    checkpoints.save(2, STATE, {})
+    checkpoints.finish(2)
     checkpoints.close()
 
 

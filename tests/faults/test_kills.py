@@ -1,0 +1,91 @@
+"""Killed anywhere, a run goes on and ends with the bits of one that was not (F1, F2, F4, F12)."""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.faults.runs import LONG, family, workers
+
+KILLS = 30 if LONG else 3
+BIG = {"width": 1024, "loop.checkpoint_every": 1, "optim.num_steps": 60 if LONG else 10}
+
+
+def _kill(made):
+    os.kill(made.process.pid, signal.SIGKILL)
+    made.process.wait()
+
+
+def test_f1_killed_while_saving_it_loses_the_save_in_flight_and_nothing_else(place):
+    whole, broken = place("whole", **BIG), place("broken", **BIG)
+    whole.run()
+    chance, lost, starts = random.Random(1), [], []
+    for _ in range(KILLS):
+        begun = time.monotonic()
+        known = max((row["step"] for row in broken.rows()), default=0)
+        made = broken.start(fault={"slow": 0.05})
+        made.until(broken.reached(min(known + 1, BIG["optim.num_steps"] - 1)))
+        starts.append(time.monotonic() - begun)
+        time.sleep(chance.uniform(0, 0.4))
+        _kill(made)
+        newest = max(broken.steps(), default=0)  # each is verified
+        lost.append(max(row["step"] for row in broken.rows()) - newest)
+        assert len(broken.leftovers()) <= 1
+    broken.run()
+    assert broken.digest() == whole.digest()
+    assert broken.losses() == whole.losses()
+    assert max(lost) <= 2  # the save in flight, and the step made meanwhile
+    assert max(starts) < 60
+    assert not broken.leftovers()
+    print(f"F1: {KILLS} kills, state {whole.state().state.params['w'].nbytes * 4 / 1e6:.0f} MB, "
+          f"steps lost {lost}, slowest first step {max(starts):.1f} s")  # fmt: skip
+
+
+def test_f2_dead_at_any_removal_or_renaming_every_step_on_offer_is_whole(place):
+    options = {"loop.keep": 1, "loop.checkpoint_every": 2, "optim.num_steps": 8}
+    whole = place("whole", **options)
+    whole.run()
+    died = 0
+    for n in range(1, 200) if LONG else (5, 14):
+        one = place(f"died{n}", **options)
+        made = one.start(fault={"die": n})
+        if made.wait() == 0:
+            break  # it has fewer
+        assert made.process.returncode == 9, made.said()
+        died += 1
+        one.steps()  # each is verified
+        one.run()
+        assert one.digest() == whole.digest()
+        shutil.rmtree(one.workdir)
+    assert died >= 2
+    print(f"F2: died at {died} removals and renamings, every step on offer was whole")
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
+def test_f4_killed_halfway_it_ends_as_an_unbroken_run_with_any_workers(place, before, after):
+    options = {"optim.num_steps": 10, "loop.checkpoint_every": 5}
+    whole = place("whole", **options, **{"data.num_workers": 2})
+    whole.run()
+    broken = place("broken", **options)
+    made = broken.start(fault={"slow": 0.2}, **{"data.num_workers": before})
+    made.until(lambda: broken.steps() == [5])
+    _kill(made)
+    broken.run(**{"data.num_workers": after})
+    assert broken.digest() == whole.digest()
+    assert broken.losses() == whole.losses()
+    print(f"F4: {before} then {after} workers: 10 losses and the state equal to the bit")
+
+
+def test_f12_a_killed_trainer_leaves_no_worker_behind(place):
+    one = place()
+    made = one.start(fault={"slow": 0.2}, **{"data.num_workers": 2})
+    made.until(lambda: one.reached(2)() and len(workers(made.process)) == 2)
+    _kill(made)
+    begun = time.monotonic()
+    while family(made.process) and time.monotonic() - begun < 10:
+        time.sleep(0.05)
+    assert not family(made.process)
+    print(f"F12: trainer killed, workers gone after {time.monotonic() - begun:.2f} s")
