@@ -72,7 +72,8 @@ def train(config, workdir):
         raise ValueError(f"stage {config.stage!r} is unknown: expected one of {sorted(STAGES)}")
     config = config.lock()
     mesh = sharding.make_mesh(config.mesh)
-    stage = STAGES[config.stage](config, mesh)
+    with hosts.leader_first("stage"):  # it prepares the data sets
+        stage = STAGES[config.stage](config, mesh)
     record = json.loads(config.to_json())
     for path in ("loop", "mesh", "data.num_workers", "optim.accumulate"):
         *folders, key = path.split(".")  # how it is run, not what is learned

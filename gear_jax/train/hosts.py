@@ -5,16 +5,20 @@ The coordinator answers anybody who reaches it, so it listens on one inner addre
 them (finding 7): a pod is one trust domain.
 """
 
+import contextlib
 import ipaddress
 import os
 import socket
 import time
+from collections.abc import Iterator
 
 import jax
+from jax._src import distributed
 from jax._src.clusters import ClusterEnv
 
 HEARTBEAT = 30  # seconds
 CLUSTERS = ("slurm", "gcetpu", "gketpu")
+_PATIENCE = 7 * 24 * 3600 * 1000  # ms; a process that dies meanwhile ends the run by its heartbeat
 _PORT = "JAX_COORDINATOR_PORT"
 
 
@@ -53,6 +57,21 @@ def join(
         coordinator_bind_address=bind_address(coordinator) if process_id == 0 else None,
         heartbeat_timeout_seconds=heartbeat,
     )
+
+
+@contextlib.contextmanager
+def leader_first(name: str) -> Iterator[None]:
+    """Process 0 runs the block before the others do: what it prepares on a shared disk, they find.
+
+    Args:
+        name: of the block, the same everywhere; nothing inside may need another process.
+    """
+    client, leads = distributed.global_state.client, jax.process_index() == 0
+    if client is not None and not leads:
+        client.wait_at_barrier(name, _PATIENCE)
+    yield
+    if client is not None and leads and jax.process_count() > 1:
+        client.wait_at_barrier(name, _PATIENCE)
 
 
 def end(code: int, *, together: bool) -> None:

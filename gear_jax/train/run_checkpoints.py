@@ -114,6 +114,8 @@ class RunCheckpoints:
                 ),
                 force=True,
             )
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is gone: no fault of the disk
         except Exception as error:
             self._fail(step, error)
         self._saving = step
@@ -159,6 +161,8 @@ class RunCheckpoints:
             self._manager.wait_until_finished()
             if step not in self._manager.all_steps():
                 raise OSError("it was not committed")
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is gone: no fault of the disk
         except Exception as error:
             self._fail(step, error)
         if self._leads:
