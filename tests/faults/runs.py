@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 
-from gear_jax.train import checkpoint
+from gear_jax.train import checkpoint, latents
 from gear_jax.train.optim import make_tx
 from gear_jax.train.run_checkpoints import RunCheckpoints
 from gear_jax.train.state import new_state
@@ -56,11 +56,15 @@ class Place:
     data: pathlib.Path
     options: dict
 
+    def command(self, options):
+        trainer = ROOT / "tests/faults/trainer.py"
+        options = {"data.work": self.data, **options}
+        return [sys.executable, trainer, "--config", trainer], options
+
     def start(self, *flags, devices=2, fault=None, **options):
-        options = {"data.work": self.data, **self.options, **options}
-        command = [sys.executable, ROOT / "tests/faults/trainer.py",
-                   "--config", ROOT / "tests/faults/trainer.py", "--workdir", self.workdir, *flags,
-                   *(f"--config.{key}={value}" for key, value in options.items())]  # fmt: skip
+        command, options = self.command({**self.options, **options})
+        command += ["--workdir", self.workdir, *flags]
+        command += [f"--config.{key}={value}" for key, value in options.items()]
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -136,6 +140,20 @@ class Place:
         """Hash over every bit of the newest state, with its step."""
         restored = self.state()
         return restored.step, sha256(restored.state)
+
+
+class Latents(Place):
+    """The same for the stage `latents`."""
+
+    def command(self, options):
+        command = [sys.executable, "-m", "launch.train", "--config", "configs/latents.py:debug"]
+        return command, options
+
+    def digest(self):
+        """The newest step, and a hash over its parameters and codebook."""
+        newest = self.steps()[-1]
+        _, params, codebook, _ = latents.load(self.workdir)
+        return newest, sha256((params, codebook))
 
 
 STARTED: list[subprocess.Popen] = []

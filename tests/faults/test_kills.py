@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.faults.runs import LONG, family, workers
+from tests.faults.runs import LONG, Latents, family, workers
 
 KILLS = 30 if LONG else 3
 BIG = {"width": 1024, "loop.checkpoint_every": 1, "optim.num_steps": 60 if LONG else 10}
@@ -77,6 +77,26 @@ def test_f4_killed_halfway_it_ends_as_an_unbroken_run_with_any_workers(place, be
     assert broken.digest() == whole.digest()
     assert broken.losses() == whole.losses()
     print(f"F4: {before} then {after} workers: 10 losses and the state equal to the bit")
+
+
+@pytest.mark.skipif(not LONG, reason="minutes; `make faults`")
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2)])
+def test_f4_latent_actions_killed_at_five_of_ten_end_as_an_unbroken_run(
+    tmp_path, data, before, after
+):
+    latents = {
+        "optim.num_steps": 10, "loop.checkpoint_every": 5, "monitor.first": 100,
+        "data.sets.shapes.work": tmp_path / "data",
+    }  # fmt: skip
+    whole, broken = (Latents(tmp_path / name, data, latents) for name in ("whole", "broken"))
+    whole.run()
+    made = broken.start(**{"data.num_workers": before})
+    made.until(lambda: broken.steps() == [5])
+    _kill(made)
+    broken.run(**{"data.num_workers": after})
+    assert broken.losses() == whole.losses()
+    assert broken.digest() == whole.digest()
+    print(f"F4: latents, {before} workers, killed at 5: 10 losses and the state equal to the bit")
 
 
 def test_f12_a_killed_trainer_leaves_no_worker_behind(place):
