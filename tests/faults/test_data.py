@@ -56,11 +56,12 @@ def test_f11_a_killed_worker_ends_the_run_in_one_sentence(place):
 
 
 def test_f11_a_record_that_a_worker_cannot_read_ends_the_run_by_its_name(place):
-    for count in (0, 2):
-        begun = time.monotonic()
-        said = place(**{"data.num_workers": count}).run(exits.DATA, fault={"sample": 37})
-        assert "error: shapes, sample 37: damaged" in said
-        print(f"F11: damaged record, {count} workers: exit 4, {time.monotonic() - begun:.1f} s")
+    begun = time.monotonic()
+    said = place(**{"data.num_workers": 2}).run(exits.DATA, fault={"sample": 37})
+    assert "error: shapes, sample 37: damaged" in said
+    print(
+        f"F11: damaged record in a worker: exit 4, {time.monotonic() - begun:.1f} s with the start"
+    )
 
 
 def test_f11_a_worker_that_hangs_ends_the_run_by_the_watchdog_with_all_stacks(place):

@@ -49,7 +49,7 @@ def test_f2_dead_at_any_removal_or_renaming_every_step_on_offer_is_whole(place):
     whole = place("whole", **options)
     whole.run()
     died = 0
-    for n in range(1, 200) if LONG else (5, 14):
+    for n in range(1, 200, 3) if LONG else (5, 14):
         one = place(f"died{n}", **options)
         made = one.start(fault={"die": n})
         if made.wait() == 0:
@@ -64,19 +64,19 @@ def test_f2_dead_at_any_removal_or_renaming_every_step_on_offer_is_whole(place):
     print(f"F2: died at {died} removals and renamings, every step on offer was whole")
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
-def test_f4_killed_halfway_it_ends_as_an_unbroken_run_with_any_workers(place, before, after):
+def test_f4_killed_halfway_it_ends_as_an_unbroken_run_with_any_workers(place):
     options = {"optim.num_steps": 10, "loop.checkpoint_every": 5}
     whole = place("whole", **options, **{"data.num_workers": 2})
     whole.run()
-    broken = place("broken", **options)
-    made = broken.start(fault={"slow": 0.2}, **{"data.num_workers": before})
-    made.until(lambda: broken.steps() == [5])
-    _kill(made)
-    broken.run(**{"data.num_workers": after})
-    assert broken.digest() == whole.digest()
-    assert broken.losses() == whole.losses()
-    print(f"F4: {before} then {after} workers: 10 losses and the state equal to the bit")
+    for before, after in ((0, 2), (2, 0)):
+        broken = place(**options)
+        made = broken.start(fault={"slow": 0.2}, **{"data.num_workers": before})
+        made.until(lambda broken=broken: broken.steps() == [5])
+        _kill(made)
+        broken.run(**{"data.num_workers": after})
+        assert broken.digest() == whole.digest()
+        assert broken.losses() == whole.losses()
+        print(f"F4: {before} then {after} workers: 10 losses and the state equal to the bit")
 
 
 @pytest.mark.skipif(not LONG, reason="minutes; `make faults`")
