@@ -31,8 +31,9 @@ from gear_jax.data.latent_ids import LatentIds
 from gear_jax.data.mask_overlay import overlay
 from gear_jax.data.mixtures import Phase, Schedule
 from gear_jax.data.prepared import Prepared
+from gear_jax.data.record_packs import Packed
 from gear_jax.data.record_pool import Pool
-from gear_jax.data.sequences import RowMaker
+from gear_jax.data.sequences import Question, RowMaker
 from gear_jax.data.shared_buffers import Buffers, Handle, Reader
 from gear_jax.data.statistics import Statistics
 from gear_jax.data.tfrecord import DataError
@@ -98,15 +99,16 @@ class Stream(Iterator):
     """Batches of one host, for ever; a dictionary of arrays with a leading axis of b rows.
 
     Examples: images uint8[b, V, S, S, 3]; view_mask bool[b, V]; state, a `types.NormalizedState`;
-    embodiment_id int32[b]; action float32[b, A, a] and action_mask; instruction and answer, lists
-    of b texts, the answer being "" for robots and video; source int32[b], the data set; sample
-    int64[b]. Without a normalizer, action and state (a `types.State`) are in physical units.
+    embodiment_id int32[b]; action float32[b, A, a] and action_mask; instruction, a list of b texts;
+    questions, b lists of `sequences.Question`, none for robots and video; source int32[b], the data
+    set; sample int64[b]; with `rows` also the token rows. Without a normalizer, action and state (a
+    `types.State`) are in physical units.
     Clips of F frames: images uint8[b, F, S, S, 3]; clip_mask bool[b, F - 1]; source; sample.
     """
 
     def __init__(
         self,
-        sets: Mapping[str, Prepared | Pool],
+        sets: Mapping[str, Prepared | Pool | Packed],
         phases: Sequence[Phase],
         config: StreamConfig,
         normalizer: Normalizer | None = None,
@@ -160,8 +162,9 @@ class Stream(Iterator):
             self._parts["token rows"] = _hash([rows.digest, said])
         self._samples = self._begin(state)
         self.log, self._reader = FaultLog(), Reader()
-        load = _Load(sets, Schedule(list(sets), phases, config.num_samples), config, normalizer,
-                     spec, config.batch_size // num_hosts, self._samples, latents, rows)  # fmt: skip
+        schedule = Schedule(list(sets), phases, config.num_samples)
+        count = config.batch_size // num_hosts
+        load = _Load(sets, schedule, config, normalizer, spec, count, self._samples, latents, rows)
         batches = grain.MapDataset.range(sys.maxsize // 2)[host::num_hosts].map(load)
         if num_workers:
             absl.flags.FLAGS.mark_as_parsed()  # or Grain's workers refuse to start
@@ -223,7 +226,7 @@ class Stream(Iterator):
         self._reader.close()
 
 
-def _size(one: Prepared | Pool) -> int:
+def _size(one: Prepared | Pool | Packed) -> int:
     return one.num_steps if isinstance(one, Prepared) else len(one)
 
 
@@ -286,7 +289,7 @@ class _Load(grain.transforms.Map):
         rows, size = self.rows, self.config.image_size
         batch["images"] = self.buffers.images((rows, len(VIEWS), size, size, 3))
         batch["view_mask"] = np.zeros((rows, len(VIEWS)), bool)
-        batch["instruction"], batch["answer"] = [""] * rows, [""] * rows
+        batch["instruction"], batch["questions"] = [""] * rows, [[] for _ in range(rows)]
         batch["embodiment_id"] = np.zeros(rows, np.int32)
         shape = (rows, self.spec.chunk_len, self.spec.action_dim)
         action, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
@@ -297,7 +300,7 @@ class _Load(grain.transforms.Map):
         windows = []  # row, episode, step
         for row, (source, index) in enumerate(zip(batch["source"], chosen, strict=True)):
             one = self.sets[source]
-            if isinstance(one, Pool):
+            if isinstance(one, Pool | Packed):
                 self._vision_language(batch, row, one, index)
                 continue
             number, step = one.locate(index)
@@ -369,33 +372,44 @@ class _Load(grain.transforms.Map):
         return fit
 
     def _vision_language(self, batch, row, pool, index):
-        """Prompt, answer and images of one record; its images take the views' places in order.
+        """Questions of one row; their images take the views' places in order.
 
         No crop: the answer's coordinates are those of the whole image.
         """
-        record = pool.record(index)
         batch["images"][row] = 0
-        pictures, fits = [], []
+        rng = self._rng(batch["sample"][row])
+        for number in pool.pack(index):
+            record = pool.record(number)
+            pictures = self._pictures(batch, pool, number, record)
+            if pictures is None:
+                continue  # without its images the record asks nothing
+            fits = [images_lib.Fit(*picture.shape[:2], self.config.image_size, self.config.fit)
+                    for picture in pictures]  # fmt: skip
+            sample = make_sample(record, fits, rng)
+            if sample.overlay is not None:
+                pictures[0] = overlay(pictures[0], *sample.overlay)
+            first = int(batch["view_mask"][row].sum())
+            slots = tuple(range(first, first + len(pictures)))
+            for slot, picture in zip(slots, pictures, strict=True):
+                images_lib.fit_into(batch["images"][row, slot], picture, self.config.fit)
+                batch["view_mask"][row, slot] = True
+            batch["questions"][row].append(Question(sample.prompt, sample.answer, slots))
+
+    def _pictures(self, batch, pool, number, record):
+        """Decoded images of a record, or None where one is bad."""
         paths = pool.image_paths(record)
         if len(paths) > len(VIEWS):
-            raise DataError(f"{pool.where(index)}: {len(paths)} images, at most {len(VIEWS)}")
+            raise DataError(f"{pool.where(number)}: {len(paths)} images, at most {len(VIEWS)}")
+        pictures = []
         for path in paths:
             batch["num_images"] += 1
             try:
-                picture = images_lib.decode(path.read_bytes()).copy()
+                pictures.append(images_lib.decode(path.read_bytes()).copy())
             except (OSError, BadImageError) as error:
                 code = error.code if isinstance(error, BadImageError) else "bad_image"
                 batch["faults"].append((code, f"{path}: {error} [{code}]"))
-                return  # without its images the record asks nothing: the row stays empty
-            pictures.append(picture)
-            fits.append(images_lib.Fit(*picture.shape[:2], self.config.image_size, self.config.fit))
-        sample = make_sample(record, fits, self._rng(batch["sample"][row]))
-        if sample.overlay is not None:
-            pictures[0] = overlay(pictures[0], *sample.overlay)
-        batch["instruction"][row], batch["answer"][row] = sample.prompt, sample.answer
-        for slot, picture in enumerate(pictures):
-            images_lib.fit_into(batch["images"][row, slot], picture, self.config.fit)
-            batch["view_mask"][row, slot] = True
+                return None
+        return pictures
 
     def _normalized(self, action, mask, state, embodiments):
         if self.normalizer is None:

@@ -2,7 +2,7 @@
 
     robot:  system, user: views, instruction, state; assistant: latent block, FAST block
     video:  system, user: view, instruction;         assistant: latent block
-    asked:  system, user: images, question;          assistant: answer
+    asked:  system, user: images, question;          assistant: answer; several may share a row
 
 Who may see whom is said by three integers a token: its segment, its group, and the groups that are
 hidden from it (towers/attention.py). Source: GEAR-VLA Fig. 2, systems.md 2.2, 2.3 and 2.5.
@@ -30,6 +30,21 @@ IGNORE = -100
 _OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _TURN = "<|im_end|>\n<|im_start|>assistant\n"
 _ALONE = 1000  # segments from here on hold tokens that see and are seen by nothing but themselves
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One vision-language record, ready to be asked.
+
+    Attributes:
+        prompt: what is asked.
+        answer: what is learned.
+        views: places of its images among the row's.
+    """
+
+    prompt: str
+    answer: str
+    views: tuple[int, ...]
 
 
 class Tokenizer(Protocol):
@@ -115,6 +130,11 @@ class RowMaker:
         return {**batch, **token_rows(batch, self.tokenizer, self.config, fast)}
 
 
+def question_tokens(tokenizer: Tokenizer) -> int:
+    """Tokens of a question's row beside its images, its prompt and its answer."""
+    return len(tokenizer.encode(_OPENING)) + len(tokenizer.encode(_TURN)) + 1
+
+
 def held_chunks(action: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Chunks float[n, A, a] whose last valid row is held; a dimension without any is 0.
 
@@ -149,6 +169,10 @@ class _Row:
         for name, value in values.items():
             self.columns[name].append(np.broadcast_to(value, tokens.shape))
 
+    def teaches(self):
+        """Whether anything so far is to be learned."""
+        return any((part != IGNORE).any() for part in self.columns["labels"])
+
     def finish(self):
         """{name: int32[n]}."""
         return {name: np.concatenate(parts) for name, parts in self.columns.items()}
@@ -163,8 +187,8 @@ def token_rows(
     """Rows of a batch of the stream, padded on the right.
 
     Args:
-        batch: of `pipeline.Stream`: instruction, answer, view_mask bool[B, V], state with arm_mask,
-            latent_ids int[B, T, C] and latent_mask bool[B, T].
+        batch: of `pipeline.Stream`: instruction, questions, view_mask bool[B, V], state with
+            arm_mask, latent_ids int[B, T, C] and latent_mask bool[B, T].
         tokenizer: with GEAR-VLA's ranges.
         config: lengths.
         fast: FAST ids of each row's chunk, from 0; None for rows without actions.
@@ -182,32 +206,26 @@ def token_rows(
         ValueError: a row too long or with too much to learn, or text that spells a reserved token.
     """
     ids = _Ids.of(tokenizer)
-    rows, grids = [], []
+    grid = (1, 2 * config.view_grid[0], 2 * config.view_grid[1])
+    rows, positions = [], []
     for index in range(len(batch["instruction"])):
-        row, views = _row(batch, index, tokenizer, ids, config, fast[index])
-        if len(row["tokens"]) > config.length:
-            raise ValueError(
-                f"row {index} has {len(row['tokens'])} tokens, expected up to {config.length}: "
-                f"{batch['instruction'][index][:60]!r}"
-            )
-        learned = int((row["labels"] != IGNORE).sum())
-        if learned > config.most_labels:
-            raise ValueError(
-                f"row {index} has {learned} tokens to learn, expected up to {config.most_labels}: "
-                f"{batch['answer'][index][:60]!r}"
-            )
+        parts = _parts(batch, index, tokenizer, ids, config, fast[index])
+        row = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        _check(row, batch, index, config)
         rows.append(row)
-        grids += [(1, 2 * config.view_grid[0], 2 * config.view_grid[1])] * views
+        places = [_places(part.pop("types"), grid, config) for part in parts]
+        fill = ((0, 0), (0, config.length - len(row["tokens"])))
+        positions.append(np.pad(np.concatenate(places, axis=1), fill))
     fill = {"labels": IGNORE, "insert_index": -1, "latent": -1}
     out = {
         name: np.stack([
             np.pad(row[name], (0, config.length - len(row[name])),
                    constant_values=fill.get(name, 0)) for row in rows
         ])
-        for name in rows[0]
+        for name in rows[0] if name != "types"
     }  # fmt: skip
     valid = np.arange(config.length)[None] < np.array([len(row["tokens"]) for row in rows])[:, None]
-    out["positions"], _ = mrope_positions(out.pop("types"), valid, grids, [])
+    out["positions"] = np.stack(positions, axis=1)
     latent = out.pop("latent")
     count = config.transitions * config.codes
     out["latent_index"] = np.zeros((len(rows), count), np.int32)
@@ -215,7 +233,7 @@ def token_rows(
     for row, column in np.argwhere(latent >= 0):
         out["latent_index"][row, latent[row, column]] = column
         out["latent_valid"][row, latent[row, column]] = out["segments"][row, column] == 1
-    asked = np.array([bool(answer) for answer in batch["answer"]])[:, None]
+    asked = np.array([bool(questions) for questions in batch["questions"]])[:, None]
     scenes = np.where(asked, np.arange(len(VIEWS), dtype=np.int32)[None], np.int32(0))
     out["scenes"] = np.where(batch["view_mask"], scenes, np.int32(-1))
     before = valid & (out["acts"] == 0) & (out["labels"] == IGNORE)
@@ -251,32 +269,68 @@ class _Ids:
         )
 
 
+def _check(row, batch, index, config):
+    told = batch["instruction"][index] or "".join(q.prompt for q in batch["questions"][index])
+    if len(row["tokens"]) > config.length:
+        raise ValueError(
+            f"row {index} has {len(row['tokens'])} tokens, expected up to {config.length}: "
+            f"{told[:60]!r}"
+        )
+    learned = int((row["labels"] != IGNORE).sum())
+    if learned > config.most_labels:
+        raise ValueError(
+            f"row {index} has {learned} tokens to learn, expected up to {config.most_labels}: "
+            f"{told[:60]!r}"
+        )
+
+
+def _places(types, grid, config):
+    """Positions int32[3, n] of one part of a row; each part begins at 0."""
+    images = int((types == IMAGE).sum()) // (config.view_grid[0] * config.view_grid[1])
+    return mrope_positions(types[None], np.ones((1, len(types)), bool), [grid] * images, [])[0][
+        :, 0
+    ]
+
+
+def _parts(batch, index, tokenizer, ids, config, fast):
+    """What shares a row: the questions, or the one thing that a robot or a video shows."""
+    questions = batch["questions"][index]
+    if not questions:
+        return [_row(batch, index, tokenizer, ids, config, fast)]
+    return [_asked(one, number, tokenizer, ids, config) for number, one in enumerate(questions, 1)]
+
+
+def _asked(question, segment, tokenizer, ids, config):
+    """One question and its answer, in a segment of their own."""
+    row, size = _Row(), config.view_grid[0] * config.view_grid[1]
+    row.add(tokenizer.encode(_OPENING), segment=segment)
+    for place in question.views:
+        row.add(ids.vision[0], segment=segment)
+        row.add([ids.pad] * size, segment=segment, group=_VIEW_GROUPS[VIEWS[place]], kind=IMAGE,
+                insert=np.arange(place * size, (place + 1) * size))  # fmt: skip
+        row.add(ids.vision[1], segment=segment)
+    for text in (question.prompt, question.answer):
+        tokenizer.check_user_text(text)
+    row.add([*tokenizer.encode(question.prompt), *tokenizer.encode(_TURN)], segment=segment)
+    row.add([*tokenizer.encode(question.answer), ids.end], label=True, segment=segment)
+    return row.finish()
+
+
 def _row(batch, index, tokenizer, ids, config, fast):
-    """One row and its number of images."""
-    asked = bool(batch["answer"][index])
-    row, views = _Row(), 0
+    """The one part of a robot's or a video's row."""
+    row = _Row()
     row.add(tokenizer.encode(_OPENING))
     size = config.view_grid[0] * config.view_grid[1]
     for place, view in enumerate(VIEWS):
-        there = bool(batch["view_mask"][index, place])
-        if asked and not there:
-            continue
         # an absent view keeps its place, and is alone with itself
-        segment = 1 if there else _ALONE + place
-        if not asked:
-            row.add(ids.views[view], segment=segment)
+        segment = 1 if batch["view_mask"][index, place] else _ALONE + place
+        row.add(ids.views[view], segment=segment)
         row.add(ids.vision[0], segment=segment)
         row.add([ids.pad] * size, segment=segment, group=_VIEW_GROUPS[view], kind=IMAGE,
                 insert=np.arange(place * size, (place + 1) * size))  # fmt: skip
         row.add(ids.vision[1], segment=segment)
-        views += 1
     tokenizer.check_user_text(batch["instruction"][index])
     row.add(tokenizer.encode(batch["instruction"][index]))
-    if asked:
-        tokenizer.check_user_text(batch["answer"][index])
-        row.add(tokenizer.encode(_TURN))
-        row.add([*tokenizer.encode(batch["answer"][index]), ids.end], label=True)
-        return row.finish(), views
     place = len(VIEWS) * size
     if config.prompt_tokens:
         learned = STATE_TOKENS + config.transitions * config.codes + np.arange(config.prompt_tokens)
@@ -289,7 +343,7 @@ def _row(batch, index, tokenizer, ids, config, fast):
         block = LATENT_BLOCK
         _latents(row, batch, index, ids, config, place + STATE_TOKENS)
     if config.prompt_only:
-        return row.finish(), views
+        return row.finish()
     if config.with_fast and fast is not None and len(fast) <= config.fast_length:
         block = FAST_BLOCK
         row.add(
@@ -297,8 +351,8 @@ def _row(batch, index, tokenizer, ids, config, fast):
             label=True,
             act=block,
         )
-    row.add(ids.end, label=True, act=block)
-    return row.finish(), views
+    row.add(ids.end, label=row.teaches(), act=block)
+    return row.finish()
 
 
 def _latents(row, batch, index, ids, config, first):

@@ -5,6 +5,7 @@ config.data -> {name: Prepared or Pool}, phases, Normalizer, RowMaker -> Stream
 
 import dataclasses
 import hashlib
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,15 +22,17 @@ from gear_jax.data.measure import Measured, measure
 from gear_jax.data.mixtures import Phase
 from gear_jax.data.pipeline import Normalizer, Stream, StreamConfig
 from gear_jax.data.prepared import Prepared, hold_out
+from gear_jax.data.record_packs import Packed, Room
 from gear_jax.data.record_pool import Pool
-from gear_jax.data.sequences import RowMaker, SequenceConfig
+from gear_jax.data.sequences import RowMaker, SequenceConfig, question_tokens
 from gear_jax.data.statistics import normalize_action, require_valid
 from gear_jax.data.tfrecord import DataError
 from gear_jax.data.windows import make_chunks
 from gear_jax.tokenizers import text
 from gear_jax.tokenizers.fast import FastTokenizer
-from gear_jax.types import ActionSpec
+from gear_jax.types import VIEWS, ActionSpec
 
+_PROMPT_WORDS = 64  # tokens that a prompt's template may add to what the record says
 _OWN_KEYS = ("weight", "group", "latents")  # of a set, beside the fields of DatasetConfig
 
 
@@ -46,7 +49,7 @@ class GearData:
         rows: makes token rows.
     """
 
-    train: Mapping[str, Prepared | Pool]
+    train: Mapping[str, Prepared | Packed]
     held: Mapping[str, Prepared]
     phases: Sequence[Phase]
     normalizer: Normalizer
@@ -124,12 +127,19 @@ def open_data(config: ml_collections.ConfigDict, sequence: SequenceConfig) -> Ge
                     f"{(sequence.transitions, sequence.codes)}"
                 )
     split = {name: hold_out(one, data.hold_out) for name, one in whole.items()}
-    train: dict[str, Prepared | Pool] = {name: pair[0] for name, pair in split.items()}
+    train: dict[str, Prepared | Packed] = {name: pair[0] for name, pair in split.items()}
+    tokenizer = open_tokenizer(config.model.tokenizer)
+    room = Room(
+        tokens=sequence.length,
+        images=len(VIEWS),
+        image_tokens=math.prod(sequence.view_grid) + 2,
+        record_tokens=question_tokens(tokenizer) + _PROMPT_WORDS,
+    )
     for name, fields in data.pools.items():
         if name in train:
             raise ValueError(f"{name!r} is both a data set and a pool: choose another name")
-        train[name] = Pool(fields.path, types=fields.get("types"), keep_percent=data.keep_percent)
-    tokenizer = open_tokenizer(config.model.tokenizer)
+        pool = Pool(fields.path, types=fields.get("types"), keep_percent=data.keep_percent)
+        train[name] = Packed(pool, room, config.seed)
     fast = open_fast(data.fast, whole, normalizer, spec) if config.model.with_fast else None
     digest = hashlib.sha256(tokenizer.backend.to_str().encode())
     digest.update(b"" if fast is None else fast.bpe.to_str().encode())

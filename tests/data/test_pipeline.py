@@ -254,8 +254,8 @@ def test_a_batch_holds_the_windows_that_it_names(sets, normalizer):
         assert not batch["images"][row, 0, : top - 1].any()
     assert sides == {0, 1}
     for row in np.flatnonzero(batch["source"] == 2):
-        assert "mug" in batch["instruction"][row]
-        assert "point_2d" in batch["answer"][row]
+        assert "mug" in batch["questions"][row][0].prompt
+        assert "point_2d" in batch["questions"][row][0].answer
         assert batch["view_mask"][row].tolist() == [True, False, False]
         assert not batch["action_mask"][row].any()
     assert batch["embodiment_id"][rows[0]] == embodiment_id("franka")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gear_jax.data import sequences
-from gear_jax.data.sequences import IGNORE, SequenceConfig, token_rows
+from gear_jax.data.sequences import IGNORE, Question, SequenceConfig, token_rows
 
 CONFIG = SequenceConfig(length=64, view_grid=(1, 2), transitions=2, codes=2, fast_length=4)
 NAMES = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|view_head|>", "<|view_left|>",
@@ -34,7 +34,7 @@ class _Words:
 def _batch(rows=1, **changes):
     batch = {
         "instruction": ["a b"] * rows,
-        "answer": [""] * rows,
+        "questions": [[] for _ in range(rows)],
         "view_mask": np.array([[True, False, True]] * rows),
         "state": {
             "arm_mask": np.array([[False, True]] * rows),
@@ -123,7 +123,7 @@ def test_video_of_people_has_no_state_and_no_fast_block():
 
 
 def test_a_question_has_its_images_and_its_answer_only():
-    row = _one(_batch(answer=["c d"], instruction=["b"]), fast=None)
+    row = _one(_batch(instruction=[""], questions=[[Question("b", "c d", (0, 2))]]), fast=None)
     pad = "<|image_pad|>"
     assert _names(row["tokens"]) == [
         1, "<|vision_start|>", pad, pad, "<|vision_end|>", "<|vision_start|>", pad, pad,
@@ -133,6 +133,26 @@ def test_a_question_has_its_images_and_its_answer_only():
     assert row["insert_index"][row["insert_index"] >= 0].tolist() == [0, 1, 4, 5]
     assert not row["acts"].any()
     assert not row["latent_valid"].any()
+
+
+def test_questions_that_share_a_row_are_as_if_each_came_alone():
+    one, two = Question("b", "c d", (0,)), Question("a b", "e", (1,))
+    row = _one(_batch(instruction=[""], questions=[[one, two]]), fast=None)
+    alone = [_one(_batch(instruction=[""], questions=[[q]]), fast=None) for q in (one, two)]
+    for name in ("tokens", "labels", "insert_index"):
+        joined = np.concatenate([part[name] for part in alone])
+        np.testing.assert_array_equal(row[name], joined)
+    joined = np.concatenate([part["positions"] for part in alone], axis=1)
+    np.testing.assert_array_equal(row["positions"], joined)
+    lengths = [len(part["tokens"]) for part in alone]
+    np.testing.assert_array_equal(row["segments"], np.repeat([1, 2], lengths))
+    batch = _batch(instruction=[""], questions=[[one, two]], view_mask=np.array([[1, 1, 0]], bool))
+    assert token_rows(batch, _Words(), CONFIG, [None])["scenes"].tolist() == [[0, 1, -1]]
+
+
+def test_a_row_that_shows_nothing_teaches_nothing():
+    batch = _batch(latent_mask=np.zeros((1, 2), bool))
+    assert (_one(batch, fast=None)["labels"] == IGNORE).all()
 
 
 def test_variants_leave_blocks_out_and_a_long_fast_sequence_is_not_cut():
@@ -171,7 +191,7 @@ def test_a_robot_s_own_embeddings_stand_behind_the_instruction():
 
 
 def test_rows_of_all_kinds_share_a_batch():
-    batch = _batch(3, answer=["", "c", ""])
+    batch = _batch(3, questions=[[], [Question("b", "c", (0,))], []])
     made = token_rows(batch, _Words(), CONFIG, [np.array([0]), None, None])
     assert made["tokens"].shape == (3, 64)
     assert made["positions"].shape == (3, 3, 64)

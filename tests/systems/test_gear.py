@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs import quickstart
-from gear_jax.data.sequences import STATE, WRIST, SequenceConfig, token_rows
+from gear_jax.data.sequences import STATE, WRIST, Question, SequenceConfig, token_rows
 from gear_jax.porting import models
 from gear_jax.systems import gear, vlm
 from gear_jax.systems.gear import GearConfig
@@ -81,7 +81,7 @@ def _stream_batch(seed=0):
         "images": rng.integers(0, 256, (ROWS, 3, SIDE, SIDE, 3), dtype=np.uint8),
         "view_mask": np.array([[1, 0, 1], [1, 1, 1], [1, 0, 1], [1, 0, 0]], bool),
         "instruction": ["pick the cup", "fold", "open it", "watch"],
-        "answer": [""] * ROWS,
+        "questions": [[] for _ in range(ROWS)],
         "embodiment_id": np.array([0, 2, 0, 1], np.int32),
         "state": {
             "ee": rng.normal(size=(ROWS, 2, 9)).astype(np.float32),
@@ -100,7 +100,7 @@ def _stream_batch(seed=0):
 def _rows(batch, fast=None, **config):
     fast = fast or [np.array([3, 1, 4]), np.array([1, 5]), np.array([9, 2, 6, 5]), None]
     made = token_rows(batch, _Tokenizer(), dataclasses.replace(SEQUENCE, **config), fast)
-    arrays = {k: v for k, v in batch.items() if k not in ("instruction", "answer")}
+    arrays = {k: v for k, v in batch.items() if k not in ("instruction", "questions")}
     return jax.tree.map(jnp.asarray, {**arrays, **made})
 
 
@@ -228,6 +228,25 @@ def test_an_absent_view_and_a_hidden_transition_change_nothing(cfg, params, batc
 
 def _cache(cfg, kv, batch):
     return gear.latent_cache(cfg, kv, batch)[0]
+
+
+def test_questions_that_share_a_row_are_answered_as_if_each_came_alone(cfg, params, prefill):
+    stream = _stream_batch()
+    one, two, three = (
+        Question(text, f"{text} yes", (place,)) for place, text in enumerate(["a b", "c", "d e f"])
+    )
+    images = stream["images"]
+    stream["view_mask"][:] = [[1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 0, 0]]
+    stream["instruction"] = [""] * ROWS
+    for row, place in ((1, 0), (2, 1), (3, 2)):
+        images[row, 0] = images[0, place]
+    alone = [[dataclasses.replace(q, views=(0,))] for q in (one, two, three)]
+    batch = _rows({**stream, "questions": [[one, two, three], *alone]}, fast=[None] * ROWS)
+    hidden = np.asarray(prefill(params, batch, NONE)[0])
+    segments = np.asarray(batch["segments"])
+    for row in (1, 2, 3):
+        ours, theirs = hidden[0][segments[0] == row], hidden[row][segments[row] == 1]
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_e7_the_latent_cache_does_not_know_the_fast_tokens(cfg, params, batch, prefill):

@@ -1,8 +1,9 @@
-"""A procedural robot: it reaches for the disc of the colour that it is told, and closes its gripper.
+"""A procedural robot: it reaches for the disc of the colour it is told, and closes its gripper.
 
 Everything that a robot's recording has, drawn when it is read: a head view from above, a wrist
-view, end-effector poses, joints, gripper commands and an instruction. Nothing to download; what the tests
-and the debug configs train on. The hand is a white ring in the head view, wider the higher it is.
+view, end-effector poses, joints, gripper commands and an instruction. Nothing to download; what the
+tests and the debug configs train on. The hand is a white ring in the head view, wider the higher it
+is.
 """
 
 import dataclasses
