@@ -19,7 +19,7 @@ VARIANTS = {
         latents="none", with_fast=False, kv_sources=("image", "text", "state")
     ),
     "app_a": lambda c: c.model.update(kv_sources=("latent", "image", "state")),
-    "wo_vggt": lambda c: c.model.update(geometry=None),
+    "wo_vggt": lambda c: _without_geometry(c),
     "frozen_vggt": lambda c: _freeze(c, "geometry/.*"),
     "random_proj": lambda c: c.model.projector.update(geometry_std=0.02),
     "trainable_vit": lambda c: _train_vision(c),
@@ -30,6 +30,7 @@ VARIANTS = {
     "drop_wrist": lambda c: c.model.update(drops="wrist"),
     "drop_state": lambda c: c.model.update(drops="state"),
     "joint_grad": lambda c: c.model.update(joint_grad=True),
+    "lora": lambda c: _lora(c),
 }
 
 
@@ -65,6 +66,7 @@ def base(size):
         "trained": (),  # embodiment slots of `run` that were trained; () is all
     }
     config.model = _model(size)
+    config.lora = None  # fields of train/lora.py's LoraConfig
     config.ema_decay = ml_collections.config_dict.placeholder(float)
     config.data = {
         "sets": _SETS if size != "debug" else _DEBUG_SETS,
@@ -230,6 +232,10 @@ _DEBUG_SETS = {
 }
 
 
+def _without_geometry(config):
+    config.model.geometry = None
+
+
 def _freeze(config, pattern):
     config.optim.partitions = ((pattern, None), *config.optim.partitions)
 
@@ -239,6 +245,12 @@ def _train_vision(config):
     config.optim.partitions = tuple(
         pair for pair in config.optim.partitions if pair[0] != "vision/.*"
     )
+
+
+def _lora(config):
+    config.lora = {"rank": 16, "alpha": 16.0}
+    config.init.fresh = (*config.init.fresh, "lora/.*")
+    _freeze(config, "language/.*")
 
 
 def _output_aware(config):

@@ -8,12 +8,13 @@
     --config.data.sets.bridge.path=/data/bridge_dataset/1.0.0
 
 or in a config file of your own that calls this one's `get_config`. "shapes" draws its video, needs
-no download, and is done in five minutes on two cores; "debug" is the same, smaller still.
+no download, and is done in five minutes on two cores; "debug" is the same, smaller still; "reach" is
+"debug" on the procedural robot that the other stages' debug configs train on (docs/train.md).
 """
 
 import ml_collections
 
-SIZES = ("full", "shapes", "debug")
+SIZES = ("full", "shapes", "debug", "reach")
 
 
 def get_config(size="full"):
@@ -87,7 +88,7 @@ def get_config(size="full"):
     config.loop = {"log_every": 50, "checkpoint_every": 2000, "keep": 3, "resume": "auto"}
     if size != "full":
         _small(config)
-    if size == "debug":
+    if size in ("debug", "reach"):
         config.model.update(width=32, encoder_depth=1)
         config.loss.fade_steps = 2
         config.optim.update(num_steps=8, warmup_steps=2)
@@ -95,6 +96,14 @@ def get_config(size="full"):
         config.data.update(batch_size=8)
         config.monitor.update(every=4, batches=1)
         config.loop.update(log_every=1, checkpoint_every=4)
+    if size == "reach":
+        config.data.sets = {
+            "reach": {
+                "path": "reach", "row": "reach", "work": "runs/debug/reach", "weight": 1.0,
+                "format": "reach", "drawing": {"num_episodes": 40},
+            }
+        }  # fmt: skip
+        config.data.hold_out = 0.2
     return config
 
 

@@ -6,8 +6,9 @@ The stages differ in what is trained, not in code: pretrain has no expert, polic
 trains the state projectors alone and then everything lightly. Source: systems.md 2.3 to 2.10.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,16 +28,68 @@ from gear_jax.towers.qwen_language import QwenLanguageConfig
 from gear_jax.towers.qwen_vision import QwenVisionConfig
 from gear_jax.towers.state_projector import StateProjectorConfig
 from gear_jax.towers.vggt import VggtConfig
-from gear_jax.train import plan, sharding, start
-from gear_jax.train.gear_batch import arrays, nested
+from gear_jax.train import lora, plan, sharding, start
+from gear_jax.train.gear_batch import arrays, expected_arrays, nested
 from gear_jax.train.gear_data import open_data
 from gear_jax.train.gear_eval import HeldOut
 from gear_jax.train.loop import Evaluator, Stage
+from gear_jax.train.lora import LoraConfig
 from gear_jax.train.optim import OptimConfig, stop_frozen
 
 
+@dataclasses.dataclass(frozen=True)
+class GearModel:
+    """What a config trains, without data or devices.
+
+    Attributes:
+        cfg: all towers.
+        sequence: token rows.
+        optim: the optimiser.
+        lora: low-rank adaptation, or None.
+        init: rng -> params, extra.
+        loss: params, extra, batch, rng -> loss, (extra, metrics); batch as `gear_batch.arrays`.
+    """
+
+    cfg: GearConfig
+    sequence: SequenceConfig
+    optim: OptimConfig
+    lora: LoraConfig | None
+    init: Callable
+    loss: Callable
+
+    def row(self, config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a batch of one row, for tracing without data."""
+        return expected_arrays(self.cfg, self.sequence, 1, config.model.image_size)
+
+
+def make_model(config: ml_collections.ConfigDict) -> GearModel:
+    """The model of a config.
+
+    Raises:
+        ValueError: the config makes no sense, or trains nothing.
+    """
+    plan.validate(config)
+    cfg, optim = model_config(config.model), OptimConfig(**config.optim)
+    adapters = None if config.lora is None else LoraConfig(**_plain(config.lora))
+
+    def init(rng):
+        params = gear.init(cfg, rng)
+        if adapters is not None:
+            params["lora"] = lora.init(params, adapters, jax.random.fold_in(rng, 1))
+        return params, ()
+
+    def loss(params, extra, batch, rng):
+        params = lora.merge(stop_frozen(params, optim.partitions), adapters)
+        batch = nested(batch)
+        value, metrics = gear.loss(params, cfg, batch, rng)
+        metrics["padding"] = jnp.mean(batch["segments"] == 0)
+        return value, (extra, metrics)
+
+    return GearModel(cfg, sequence_config(config.model), optim, adapters, init, loss)
+
+
 def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Stage:
-    """What all three stages are made of.
+    """What all three stages are made of; process 0 prints the plan.
 
     Args:
         config: like those of configs/.
@@ -46,28 +99,20 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Stage:
         DataError: a data set cannot be used.
         ValueError: the config makes no sense, or trains nothing.
     """
-    plan.validate(config)
-    cfg, sequence = model_config(config.model), sequence_config(config.model)
-    optim = OptimConfig(**config.optim)
-    data = open_data(config, sequence)
+    model = make_model(config)
+    data = open_data(config, model.sequence)
+    said = plan.describe(config, model.optim, model.init, model.loss, model.row(config), mesh)
     if jax.process_index() == 0:
-        print(plan.describe(config, cfg, sequence, optim, mesh), flush=True)
-
-    def loss(params, extra, batch, rng):
-        params, batch = stop_frozen(params, optim.partitions), nested(batch)
-        value, metrics = gear.loss(params, cfg, batch, rng)
-        metrics["padding"] = jnp.mean(batch["segments"] == 0)
-        return value, (extra, metrics)
-
+        print(said, flush=True)
     evaluators = {}
     if config.monitor.every:
-        held = HeldOut(cfg, config, data, mesh)
+        held = HeldOut(model.cfg, config, data, mesh, model.lora)
         evaluators["held_out"] = Evaluator(config.monitor.every, held.run)
     return Stage(
         name=config.stage,
-        init=lambda rng: (gear.init(cfg, rng), ()),
-        loss=loss,
-        optim=optim,
+        init=model.init,
+        loss=model.loss,
+        optim=model.optim,
         rules=sharding.RULES,
         open_stream=functools.partial(data.open_train, config),
         arrays=arrays,
@@ -75,7 +120,7 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Stage:
         ema_decay=config.ema_decay,
         load=start.loader(config.init, first_new_row(config.model)),
         flops_per_sample=plan.flops_per_sample(
-            cfg, sequence, config.model.real_tokens, optim.partitions
+            model.cfg, model.sequence, config.model.real_tokens, model.optim.partitions
         ),
     )
 

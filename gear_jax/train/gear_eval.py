@@ -6,7 +6,6 @@ watch (systems.md 2.6).
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import numpy as np
 
 from gear_jax.data.sequences import token_rows
 from gear_jax.systems import gear
-from gear_jax.train import sharding
+from gear_jax.train import lora, sharding
 from gear_jax.train.gear_batch import arrays, nested
 
 _PROMPT = "prompt"
@@ -23,7 +22,7 @@ _PROMPT = "prompt"
 class HeldOut:
     """Measures held-out examples, always the same."""
 
-    def __init__(self, cfg, config, data, mesh):
+    def __init__(self, cfg, config, data, mesh, adapters=None):
         """Keep what is needed.
 
         Args:
@@ -31,6 +30,7 @@ class HeldOut:
             config: of the run; `monitor.batches` of its batch size are measured.
             data: GearData.
             mesh: of the run.
+            adapters: LoraConfig, or None.
 
         Raises:
             ValueError: nothing is held out.
@@ -38,7 +38,9 @@ class HeldOut:
         if not data.held:
             raise ValueError("monitor.every is set and nothing is held out: set data.hold_out")
         self.cfg, self.config, self.data, self.mesh = cfg, config, data, mesh
-        self._measure = jax.jit(functools.partial(measure, cfg=cfg))
+        self._measure = jax.jit(
+            lambda params, **given: measure(lora.merge(params, adapters), cfg=cfg, **given)
+        )
 
     def run(self, state):
         """{name: mean}, over `monitor.batches` batches, of the averaged parameters if there are."""

@@ -7,7 +7,7 @@ tower, found by tracing the gradient, not by belief.
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ import ml_collections
 from gear_jax.data.sequences import SequenceConfig
 from gear_jax.systems import gear
 from gear_jax.systems.gear import GearConfig
-from gear_jax.train.gear_batch import expected_arrays, nested
 from gear_jax.train.optim import FROZEN, OptimConfig, labels
 from gear_jax.types import VIEWS
 
@@ -46,25 +45,30 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"config: {'; '.join(faults)}")
 
 
-def reached(cfg: GearConfig, sequence: SequenceConfig, image_size: int) -> dict[str, set[str]]:
+def reached(
+    init: Callable, loss: Callable, batch: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, set[str]]:
     """Parameters that each loss has a gradient for: {"tokens", "flow"} -> names.
 
     By the traced gradient: a parameter that a loss cannot reach has a constant zero there. A branch
     behind a zero-initialised map counts as reached.
+
+    Args:
+        init: rng -> params, extra; of a stage.
+        loss: params, extra, batch, rng -> loss, (extra, metrics); of a stage.
+        batch: shapes.
     """
-    shapes = jax.eval_shape(functools.partial(gear.init, cfg), jax.random.key(0))
-    batch = expected_arrays(cfg, sequence, 1, image_size)
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
-    ]
+    params, extra = jax.eval_shape(init, jax.random.key(0))
+    names = list(_named(params))
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    known = jax.eval_shape(loss, params, extra, batch, rng)[1][1]
     made = {}
-    for loss in ("tokens", "flow") if cfg.expert is not None else ("tokens",):
+    for name in (one for one in ("tokens", "flow") if one in known):
 
-        def value(params, batch, loss=loss):
-            return gear.loss(params, cfg, nested(batch), jax.random.key(0))[1][loss]
+        def value(params, batch, rng, name=name):
+            return loss(params, extra, batch, rng)[1][1][name]
 
-        jaxpr = jax.make_jaxpr(jax.grad(value))(shapes, batch).jaxpr
+        jaxpr = jax.make_jaxpr(jax.grad(value))(params, batch, rng).jaxpr
         zeros = {
             eqn.outvars[0]
             for eqn in jaxpr.eqns
@@ -72,7 +76,7 @@ def reached(cfg: GearConfig, sequence: SequenceConfig, image_size: int) -> dict[
             and hasattr(eqn.invars[0], "val")
             and eqn.invars[0].val == 0
         }
-        made[loss] = {
+        made[name] = {
             name
             for name, var in zip(names, jaxpr.outvars, strict=True)
             if not hasattr(var, "val") and var not in zeros
@@ -82,30 +86,33 @@ def reached(cfg: GearConfig, sequence: SequenceConfig, image_size: int) -> dict[
 
 def describe(
     config: ml_collections.ConfigDict,
-    cfg: GearConfig,
-    sequence: SequenceConfig,
     optim: OptimConfig,
+    init: Callable,
+    loss: Callable,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
     mesh: jax.sharding.Mesh,
 ) -> str:
     """The plan of a run as lines of text.
 
+    Args:
+        config: of the run.
+        optim: its optimiser.
+        init: of the stage.
+        loss: of the stage.
+        batch: shapes of one row.
+        mesh: of the run.
+
     Raises:
-        ValueError: a trainable tower that no loss reaches.
+        ValueError: a trainable parameter that no loss reaches.
     """
-    shapes = jax.eval_shape(functools.partial(gear.init, cfg), jax.random.key(0))
-    reach = reached(cfg, sequence, config.model.image_size)
-    partition = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): label
-        for path, label in jax.tree_util.tree_leaves_with_path(labels(shapes, optim.partitions))
-    }
-    sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-    }
+    params, _ = jax.eval_shape(init, jax.random.key(0))
+    reach = reached(init, loss, batch)
+    partition = _named(labels(params, optim.partitions))
+    sizes = {name: math.prod(leaf.shape) for name, leaf in _named(params).items()}
     everything = set().union(*reach.values())
     lines, idle = [f"stage {config.stage}, {optim.num_steps} steps, lr {optim.lr:g}"], []
     lines.append(f"{'tower':<12}{'parameters':>16}  {'trained':<18}{'reached by'}")
-    for tower in shapes:
+    for tower in params:
         mine = [name for name in partition if name.split("/")[0] == tower]
         kinds = sorted({partition[name] for name in mine})
         trained = {name for name in mine if partition[name] != FROZEN}
@@ -116,13 +123,18 @@ def describe(
     if idle:
         raise ValueError(f"config: trainable, and no loss reaches them: {', '.join(idle[:5])}")
     rows, devices, parts = config.data.batch_size, mesh.devices.size, optim.accumulate
-    view = math.prod(sequence.view_grid)
     lines.append(
-        f"rows of {sequence.length} tokens, {view} a view; "
-        f"batch {rows} = {devices} devices x {rows / devices / parts:g} rows x "
-        f"{parts} parts; mesh {dict(mesh.shape)}"
+        f"rows of {batch['tokens'].shape[1]} tokens; batch {rows} = {devices} devices x "
+        f"{rows / devices / parts:g} rows x {parts} parts; mesh {dict(mesh.shape)}"
     )
     return "\n".join(lines)
+
+
+def _named(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def flops_per_sample(
@@ -144,13 +156,10 @@ def flops_per_sample(
         partitions: of the optimiser, to see what is frozen.
     """
     shapes = jax.eval_shape(functools.partial(gear.init, cfg), jax.random.key(0))
-    named = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-    ]
+    named = _named(shapes)
 
     def weights(pattern):
-        return sum(math.prod(x.shape) for name, x in named if re.fullmatch(pattern, name))
+        return sum(math.prod(x.shape) for name, x in named.items() if re.fullmatch(pattern, name))
 
     def passes(tower):
         frozen = any(re.fullmatch(p, f"{tower}/x") and label is None for p, label in partitions)

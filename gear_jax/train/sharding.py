@@ -31,7 +31,7 @@ RULES = (
     (r"language/layers/(gate|up)/kernel", (_F, _T)),
     (r"language/layers/down/kernel", (_T, _F)),
     # vision, projector
-    (r"vision/patch_embed", (_F, _T)),
+    (r"vision/patch_embed", (None, _F)),
     (r"vision/layers/qkv/kernel", (_F, None, _T, None)),
     (r"vision/layers/qkv/bias", (None, _T, None)),
     (r"vision/layers/proj/kernel", (_T, None, _F)),
@@ -53,7 +53,7 @@ RULES = (
     (r"geometry/.*layers/.*fc2/kernel", (_T, _F)),
     (r"geometry/.*layers/.*(proj|fc2)/bias", (None,)),
     (r"geometry/.*layers/.*(attn|mlp)_scale", (None,)),
-    (r"geometry/patch_tokens/.*proj/kernel", (_F, _T)),
+    (r"geometry/patch_tokens/.*proj/kernel", (None, _F)),
     (r"geometry/patch_tokens/.*proj/bias", (None,)),
     (r"geometry/patch_tokens/dino/norm/(scale|bias)", (None,)),
     (r"geometry/patch_tokens/dino/(cls_token|registers|pos_embed)", (None, _F)),
@@ -77,6 +77,9 @@ RULES = (
     (r"expert/action_(in|out)/bias", (None,)),
     # learned embeddings of the ablations
     (r"learned/(latents|prompts)", (None, _F)),
+    # low-rank factors
+    (r"lora/.*/a", (_F, None)),
+    (r"lora/.*/b", (None, _F)),
     # state projectors, one for each embodiment
     (r"state/fc1/kernel", (None, _T)),
     (r"state/fc1/bias", (_T,)),
