@@ -85,14 +85,14 @@ def test_f4_latent_actions_killed_at_five_of_ten_end_as_an_unbroken_run(
     tmp_path, data, before, after
 ):
     latents = {
-        "optim.num_steps": 10, "loop.checkpoint_every": 5, "monitor.first": 100,
-        "data.sets.shapes.work": tmp_path / "data",
+        "optim.num_steps": 10, "loop.checkpoint_every": 5, "monitor.every": 100,
+        "data.batch_size": 64, "data.sets.shapes.work": tmp_path / "data",
     }  # fmt: skip
     whole, broken = (Latents(tmp_path / name, data, latents) for name in ("whole", "broken"))
     whole.run()
-    made = broken.start(**{"data.num_workers": before})
-    made.until(lambda: broken.steps() == [5])
+    made = broken.start(**{"data.num_workers": before}).until(broken.reached(6))
     _kill(made)
+    assert broken.steps()[-1] == 5
     broken.run(**{"data.num_workers": after})
     assert broken.losses() == whole.losses()
     assert broken.digest() == whole.digest()
