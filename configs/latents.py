@@ -8,8 +8,8 @@
     --config.data.sets.bridge.path=/data/bridge_dataset/1.0.0
 
 or in a config file of your own that calls this one's `get_config`. "shapes" draws its video, needs
-no download, and is done in five minutes on two cores; "debug" is the same, smaller still; "reach" is
-"debug" on the procedural robot that the other stages' debug configs train on (docs/train.md).
+no download, and is done in seven minutes on two cores; "debug" is the same, smaller still; "reach"
+is "debug" on the procedural robot that the other stages' debug configs train on (docs/train.md).
 """
 
 import ml_collections

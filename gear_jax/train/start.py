@@ -11,7 +11,7 @@ the earlier stage did not know begins as the mean of those it trained (2.8).
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,8 @@ def loader(
         say: told where every parameter comes from.
 
     Raises:
-        ValueError: a checkpoint that does not fit; all faults in one sentence.
+        ValueError: nothing to begin with; by the function, checkpoints that do not fit, all faults
+            in one sentence.
     """
     sources = [name for name in (*_PORTED, "run") if init[name]]
     if not sources:
@@ -61,14 +62,9 @@ def loader(
                 f"{tuple(init['fresh'])}: say '.*' to begin everything at random"
             )
         return None
-    stored: dict[str, _Stored] = {}
-    for name in sources:
-        for key, one in _stored(name, init[name]).items():
-            if key in stored:
-                raise ValueError(f"init: {key} is in {stored[key].origin} and in {one.origin}")
-            stored[key] = one
 
     def load(params: Any) -> Any:
+        stored = _gather(init, sources)
         leaves, tree = jax.tree_util.tree_flatten_with_path(params)
         named = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
         _check(named, stored, init)
@@ -80,6 +76,16 @@ def loader(
         return jax.tree_util.tree_unflatten(tree, list(filled.values()))
 
     return load
+
+
+def _gather(init: Mapping[str, Any], sources: Sequence[str]) -> dict[str, _Stored]:
+    stored: dict[str, _Stored] = {}
+    for name in sources:
+        for key, one in _stored(name, init[name]).items():
+            if key in stored:
+                raise ValueError(f"init: {key} is in {stored[key].origin} and in {one.origin}")
+            stored[key] = one
+    return stored
 
 
 def _stored(name: str, folder: str) -> dict[str, _Stored]:

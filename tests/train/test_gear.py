@@ -102,6 +102,13 @@ def test_the_papers_numbers():
     }  # fmt: skip
 
 
+def test_full_sizes_compute_in_bfloat16_on_float32_masters():
+    _, cfg, params = _full("policy_gear", "3b")
+    towers = (cfg.vlm.language, cfg.vlm.vision, cfg.vlm.geometry, cfg.vlm.projector, cfg.expert)
+    assert all(tower.dtype == jnp.bfloat16 for tower in towers)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
 def test_an_unknown_word_is_refused():
     with pytest.raises(ValueError, match=r"configs/policy_gear.py: 'wo_latents' is unknown"):
         _config("policy_gear", "7b,wo_latents")
