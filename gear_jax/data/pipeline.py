@@ -13,6 +13,8 @@ import ctypes
 import dataclasses
 import hashlib
 import json
+import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -252,6 +254,9 @@ def _die_with_parent(worker: int, count: int) -> None:
     """A killed trainer must not leave its workers behind (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # killed before that was said
+        os._exit(1)
 
 
 class _Load(grain.transforms.Map):
