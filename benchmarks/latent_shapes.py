@@ -4,11 +4,14 @@
 
 One coloured shape moves among grey ones, reverses and turns. For each run: error against copying
 the first frame, error with another clip's codes, perplexity of each group (of 8), and how much of
-the velocity of all five transitions a linear map reads from a clip's codes. "reversals" counts only
-clips in which the velocity changes its sign. Nothing here is timed; a run takes minutes.
+the velocity of all five transitions a linear map reads from a clip's codes: from one-hots of single
+codes ("clip") and of any two codes of a transition ("pairs"), since codes are words, not sums.
+"reversals" counts only clips in which the velocity changes its sign. Nothing here is timed; a run
+takes minutes.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import tempfile
@@ -28,7 +31,7 @@ VARIANTS = {
     "fsq": {"quantizer": "fsq"},
     "lapa": {"mode": "lapa"},
 }
-CLIPS = 4000
+CLIPS = 12_000  # a map from pairs has 2,000 inputs
 
 
 def main():
@@ -38,14 +41,17 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of training; the config's by default")
     args = parser.parse_args()
-    print(f"{'variant':10} seed  error  other's  perplexity    velocity R2: own  clip  reversals")
+    print(
+        f"{'variant':10} seed  error  other's  perplexity    velocity R2: own  clip  pairs  reversals: clip  pairs"
+    )
     for variant in args.variants:
         for seed in range(args.seeds):
             made = measure(variant, seed, args.steps)
             print(
                 f"{variant:10} {seed:4}  {made['reconstruction']:5.2f}  {made['shuffled']:6.1f}x  "
                 f"{' '.join(f'{x:5.2f}' for x in made['perplexity']):>10}  "
-                f"{made['own']:16.2f} {made['clip']:5.2f} {made['reversals']:10.2f}",
+                f"{made['own']:16.2f} {made['clip']:5.2f} {made['pairs']:6.2f} "
+                f"{made['reversals']:16.2f} {made['reversals_pairs']:6.2f}",
                 flush=True,
             )
             print(json.dumps({"variant": variant, "seed": seed, **made}), flush=True)
@@ -88,7 +94,7 @@ def look(cfg, params, codebook, config):
     ids, sums = zip(*[run(frames[i : i + 200]) for i in range(0, CLIPS, 200)], strict=True)
     ids = np.concatenate([np.asarray(x) for x in ids])
     seen = system.summary(jax.tree.map(lambda *x: sum(x), *sums))
-    hot = one_hot(ids, 16)
+    hot, both = one_hot(ids, 16), pairs(ids)
     flat = velocity.reshape(CLIPS, -1)
     turned = ((velocity[:, 1:] * velocity[:, :-1]).sum(axis=-1) < 0).any(axis=1)
     return {
@@ -97,8 +103,20 @@ def look(cfg, params, codebook, config):
         "perplexity": np.asarray(seen["perplexity"]).tolist(),
         "own": own_probe(ids, velocity),
         "clip": linear_probe(hot, flat),
+        "pairs": linear_probe(both, flat),
         "reversals": linear_probe(hot[turned], flat[turned]),
+        "reversals_pairs": linear_probe(both[turned], flat[turned]),
     }
+
+
+def pairs(ids):
+    """One-hots of single codes and of any two of a transition, those that occur: float32[N, D]."""
+    first = np.eye(16, dtype=np.float32)[ids]
+    parts = [first]
+    for i, j in itertools.combinations(range(ids.shape[-1]), 2):
+        parts.append(np.einsum("nta,ntb->ntab", first[:, :, i], first[:, :, j]))
+    flat = np.concatenate([part.reshape(len(ids), -1) for part in parts], axis=1)
+    return flat[:, flat.sum(axis=0) > 5]
 
 
 def own_probe(ids, velocity):

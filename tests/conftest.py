@@ -4,11 +4,14 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# compiling is most of the time that the tests take, and level 0 compiles in a third of it
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8 "
-    + os.environ.get("XLA_FLAGS", "")
-).strip()
+os.environ["XLA_FLAGS"] = " ".join((
+    # compiling is most of the time that the tests take, and level 0 compiles in a third of it
+    "--xla_backend_optimization_level=0",
+    # else collectives of a train step on more devices than cores wait for each other for ever
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "--xla_force_host_platform_device_count=8",
+    os.environ.get("XLA_FLAGS", ""),
+)).strip()  # fmt: skip
 
 import jax
 import pytest

@@ -33,6 +33,14 @@ def world(tmp_path_factory):
     return tmp_path_factory.mktemp("world")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_compiled_once(tmp_path_factory):
+    """Runs that begin, break and go on make the same program three times."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
 def _debug(name, arg, world):
     config = _config(name, arg)
     folder = world / str(config.model.transitions)
@@ -337,7 +345,7 @@ def test_the_projector_phase_changes_the_slot_of_the_robot_and_nothing_else(
             before = trained[1].params[tower]
             for part in name.split("/"):
                 before = before[part]
-            changed = np.asarray(now != before)
+            changed = np.array(now != before)
             if tower == "state":
                 assert changed[slot].any(), name
                 changed[slot] = False

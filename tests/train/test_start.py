@@ -35,9 +35,7 @@ def _model():
     config.model.language.update(mlp_dim=96)
     config.model.vision.update(depth=4, mlp_dim=44, full_attention_layers=(1, 3))
     config.model.geometry.update(depth=3, width=64, num_heads=4, mlp_dim=128)
-    config.model.geometry.dino.update(
-        depth=2, width=64, num_heads=4, mlp_dim=128, pos_embed_grid=5
-    )
+    config.model.geometry.dino.update(depth=2, width=64, num_heads=4, mlp_dim=128, pos_embed_grid=5)
     return gear.model_config(config.model)
 
 
@@ -58,16 +56,13 @@ def _init(ported, **changes):
     return init | {"fresh": fresh, "unused": ("unused/.*",)} | changes
 
 
-def test_ported_towers_fill_what_they_have_and_words_that_are_new_begin_at_the_mean(
-    ported, params
-):
+def test_ported_towers_fill_what_they_have_and_words_that_are_new_begin_at_the_mean(ported, params):
     said = []
     made = start.loader(_init(ported), 500, said.append)(params)
     hidden = CONFIG.qwen2_5_vl.hidden_size
     stored = checkpoint.restore_params(
         ported / "qwen2_5_vl",
-        {"language": {"embed": jax.ShapeDtypeStruct((512, hidden), jnp.float32)}}
-        | _others(ported),
+        {"language": {"embed": jax.ShapeDtypeStruct((512, hidden), jnp.float32)}} | _others(ported),
     )["language"]["embed"]
     ours = np.asarray(made["language"]["embed"])
     np.testing.assert_array_equal(ours[:500], np.asarray(stored)[:500])
@@ -79,7 +74,9 @@ def test_ported_towers_fill_what_they_have_and_words_that_are_new_begin_at_the_m
     for tower in ("vision", "geometry"):
         moved = jax.tree.map(lambda a, b: bool((a != b).any()), made[tower], params[tower])
         assert any(jax.tree.leaves(moved)), tower
-    jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim) or 1 / 0, made, params)
+    jax.tree.map(
+        lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim) or 1 / 0, made, params
+    )
     assert any("512 rows of words; the others new" in line for line in said)
     assert "state/fc1/bias [14, 32] <- random" in said
 
