@@ -42,7 +42,8 @@ def main():
     parser.add_argument("--steps", type=int, help="of training; the config's by default")
     args = parser.parse_args()
     print(
-        f"{'variant':10} seed  error  other's  perplexity    velocity R2: own  clip  pairs  reversals: clip  pairs"
+        f"{'variant':10} seed  error  other's  perplexity    "
+        "velocity R2: own  clip  pairs  reversals: clip  pairs"
     )
     for variant in args.variants:
         for seed in range(args.seeds):
