@@ -74,7 +74,7 @@ def base(size):
         "mixture": "weights",
         "keep_percent": 100,
         "batch_size": 8,
-        "hold_out": 0.001,
+        "hold_out": 0.01,
         "num_workers": 16,
         "chunk_len": 30,
         "fit": "pad",

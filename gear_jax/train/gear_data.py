@@ -42,7 +42,7 @@ class GearData:
 
     Attributes:
         train: {name: data set}.
-        held: robot and video sets' held-out episodes, those that have any.
+        held: held-out episodes of robots and video; empty where `data.hold_out` is 0.
         phases: weights of `train`.
         normalizer: of actions and states.
         latents: {name: latent action ids}.
@@ -111,46 +111,59 @@ def open_data(config: ml_collections.ConfigDict, sequence: SequenceConfig) -> Ge
     normalizer = open_normalizer(
         {name: (one, data.sets[name].work) for name, one in whole.items()}, spec
     )
-    latents = {}
-    if config.model.latents == "codes":
-        for name, one in whole.items():
-            path = data.sets[name].get("latents")
-            if path is None:
-                raise DataError(
-                    f"data.sets.{name}.latents is None: expected the folder of its latent action "
-                    "ids; make them with launch.extract"
-                )
-            latents[name] = LatentIds(path, one)
-            if latents[name].spec.shape != (sequence.transitions, sequence.codes):
-                raise DataError(
-                    f"{path}: {latents[name].spec.shape} transitions and codes, the model has "
-                    f"{(sequence.transitions, sequence.codes)}"
-                )
-    split = {name: hold_out(one, data.hold_out) for name, one in whole.items()}
-    train: dict[str, Prepared | Packed] = {name: pair[0] for name, pair in split.items()}
+    train: dict[str, Prepared | Packed] = dict(whole)
+    held = {}
+    for name, one in whole.items() if data.hold_out else ():
+        train[name], held[name] = hold_out(one, data.hold_out)
     tokenizer = open_tokenizer(config.model.tokenizer)
+    for name, pool in _open_pools(config, tokenizer, sequence).items():
+        if name in train:
+            raise ValueError(f"{name!r} is both a data set and a pool: choose another name")
+        train[name] = pool
+    fast = open_fast(data.fast, whole, normalizer, spec) if config.model.with_fast else None
+    digest = hashlib.sha256(tokenizer.backend.to_str().encode())
+    digest.update(b"" if fast is None else fast.bpe.to_str().encode())
+    return GearData(
+        train=train,
+        held=held,
+        phases=open_phases(config, list(train)),
+        normalizer=normalizer,
+        latents=_open_latents(config, whole, sequence) if config.model.latents == "codes" else {},
+        rows=RowMaker(tokenizer, fast, sequence, digest.hexdigest()),
+    )
+
+
+def _open_latents(config, sets, sequence):
+    """{name: latent action ids} of robots and video."""
+    made = {}
+    for name, one in sets.items():
+        path = config.data.sets[name].get("latents")
+        if path is None:
+            raise DataError(
+                f"data.sets.{name}.latents is None: expected the folder of its latent action ids; "
+                "make them with launch.extract"
+            )
+        made[name] = LatentIds(path, one)
+        found, wanted = made[name].spec.shape, (sequence.transitions, sequence.codes)
+        if found != wanted:
+            raise DataError(f"{path}: {found} transitions and codes, the model has {wanted}")
+    return made
+
+
+def _open_pools(config, tokenizer, sequence):
+    """{name: vision-language records, packed into rows}."""
     room = Room(
         tokens=sequence.length,
         images=len(VIEWS),
         image_tokens=math.prod(sequence.view_grid) + 2,
         record_tokens=question_tokens(tokenizer) + _PROMPT_WORDS,
     )
-    for name, fields in data.pools.items():
-        if name in train:
-            raise ValueError(f"{name!r} is both a data set and a pool: choose another name")
-        pool = Pool(fields.path, types=fields.get("types"), keep_percent=data.keep_percent)
-        train[name] = Packed(pool, room, config.seed)
-    fast = open_fast(data.fast, whole, normalizer, spec) if config.model.with_fast else None
-    digest = hashlib.sha256(tokenizer.backend.to_str().encode())
-    digest.update(b"" if fast is None else fast.bpe.to_str().encode())
-    return GearData(
-        train=train,
-        held={name: pair[1] for name, pair in split.items() if len(pair[1])},
-        phases=open_phases(config, list(train)),
-        normalizer=normalizer,
-        latents=latents,
-        rows=RowMaker(tokenizer, fast, sequence, digest.hexdigest()),
-    )
+    keep = config.data.keep_percent
+    return {
+        name: Packed(Pool(fields.path, types=fields.get("types"), keep_percent=keep), room,
+                     config.seed)
+        for name, fields in config.data.pools.items()
+    }  # fmt: skip
 
 
 def _fields(fields: ml_collections.ConfigDict) -> dict[str, Any]:

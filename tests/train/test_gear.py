@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
+import json
 import math
 import pathlib
 
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simplejpeg
 
 from benchmarks import reach_ids
 from configs import gear_base
 from gear_jax.data.sequences import token_rows
+from gear_jax.data.tfrecord import DataError
 from gear_jax.systems import gear as system
 from gear_jax.train import adapt, gear, loop, optim, plan, policy, pretrain, sharding
 from gear_jax.train.gear_batch import nested
@@ -273,6 +276,37 @@ def _prompts(config, stage):
     only = dataclasses.replace(data.rows.config, prompt_only=True)
     batch |= token_rows(batch, data.rows.tokenizer, only, [None] * len(batch["sample"]))
     return stage.arrays(batch)
+
+
+def test_latent_ids_that_are_missing_or_of_another_model_are_named(world):
+    config = _debug("policy_gear", "debug", world)
+    config.data.sets.reach.latents = None
+    with pytest.raises(DataError, match=r"data.sets.reach.latents is None: .* launch.extract"):
+        open_data(config, gear.sequence_config(config.model))
+    config = _debug("policy_gear", "debug", world)
+    config.model.transitions = 1
+    with pytest.raises(DataError, match=r"\(5, 4\) transitions and codes, the model has \(1, 4\)"):
+        open_data(config, gear.sequence_config(config.model))
+
+
+def test_robots_and_questions_share_a_stream_by_weight(world, tmp_path):
+    record = {"type": "general_vqa", "images": ["a.jpg"], "question": "What?", "answer": "A cup."}
+    lines = [json.dumps({"id": f"q{n}", **record}) for n in range(9)]
+    (tmp_path / "pool.jsonl").write_text("\n".join(lines))
+    picture = simplejpeg.encode_jpeg(np.zeros((40, 40, 3), np.uint8))
+    (tmp_path / "a.jpg").write_bytes(picture)
+    config = _debug("policy_gear", "debug", world)
+    config.data.pools = {"vqa": {"path": str(tmp_path), "weight": 1.0}}
+    config.model.length = 1000  # bytes are many tokens
+    data = open_data(config, gear.sequence_config(config.model))
+    assert len(data.train["vqa"]) == 3  # three images in a row
+    stream = data.open_train(config, None)
+    batch = next(stream)
+    stream.close()
+    assert np.bincount(batch["source"]).tolist() == [4, 4]
+    for row, source in enumerate(batch["source"]):
+        assert len(batch["questions"][row]) == (3 if source == 1 else 0)
+        assert set(batch["segments"][row]) >= ({1, 2, 3} if source == 1 else {1})
 
 
 def _sha(state):
