@@ -14,6 +14,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from gear_jax.train import checkpoint, latents
 from gear_jax.train.optim import make_tx
@@ -155,6 +156,23 @@ class Latents(Place):
         newest = self.steps()[-1]
         _, params, codebook, _ = latents.load(self.workdir)
         return newest, sha256((params, codebook))
+
+
+@dataclasses.dataclass
+class Gear(Place):
+    """The same for a stage of GEAR-VLA, by the config of its debug size."""
+
+    config: str = ""
+
+    def command(self, options):
+        return [sys.executable, "-m", "launch.train", "--config", f"configs/{self.config}"], options
+
+    def digest(self):
+        """The newest step, and a hash over every array of its checkpoint."""
+        newest = self.steps()[-1]
+        path = RunCheckpoints(self.workdir / "checkpoints", read_only=True).path(newest)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return newest, sha256(checkpointer.restore(path / "state"))
 
 
 STARTED: list[subprocess.Popen] = []

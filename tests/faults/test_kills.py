@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from tests.faults.runs import LONG, Latents, family, workers
+from benchmarks import reach_ids
+from configs import policy_gear
+from tests.faults.runs import LONG, Gear, Latents, family, workers
 
 KILLS = 30 if LONG else 3
 BIG = {"width": 1024, "loop.checkpoint_every": 1, "optim.num_steps": 60 if LONG else 10}
@@ -97,6 +99,40 @@ def test_f4_latent_actions_killed_at_five_of_ten_end_as_an_unbroken_run(
     assert broken.losses() == whole.losses()
     assert broken.digest() == whole.digest()
     print(f"F4: latents, {before} workers, killed at 5: 10 losses and the state equal to the bit")
+
+
+@pytest.mark.skipif(not LONG, reason="minutes; `make faults`")
+def test_f4_every_stage_killed_at_five_of_ten_ends_as_an_unbroken_run(tmp_path, data):
+    """E13 by the real door: pretrain, policy and both phases of adapt, without and with workers."""
+    fields = policy_gear.get_config("debug").data.sets.reach.to_dict() | {
+        "work": str(tmp_path / "reach"), "latents": str(tmp_path / "ids"),
+        "drawing": {"num_episodes": 12},
+    }  # fmt: skip
+    reach_ids.write(fields, fields["latents"])
+    options = {
+        "optim.num_steps": 10, "optim.warmup_steps": 1, "loop.checkpoint_every": 5,
+        "monitor.every": 0, "data.fast.path": tmp_path / "fast", "ema_decay": 0.9,
+        "data.sets.reach.work": fields["work"], "data.sets.reach.latents": fields["latents"],
+        "data.sets.reach.drawing.num_episodes": 12,
+    }  # fmt: skip
+    before = None
+    for name in ("pretrain_gear.py:debug", "policy_gear.py:debug", "adapt.py:debug,projector",
+                 "adapt.py:debug,all"):  # fmt: skip
+        start = {} if before is None else {"init.run": before.workdir}
+        whole, *broken = (
+            Gear(tmp_path / f"{name.replace('.py', '')}-{kind}", data, {**options, **start}, name)
+            for kind in ("whole", 0, 2)
+        )
+        whole.run(devices=1)
+        for workers_, one in zip((0, 2), broken, strict=True):
+            made = one.start(devices=1, **{"data.num_workers": workers_}).until(one.reached(6))
+            _kill(made)
+            assert one.steps() == [5]
+            one.run(devices=1, **{"data.num_workers": workers_})
+            assert one.losses() == whole.losses()
+            assert one.digest() == whole.digest()
+            print(f"F4: {name}, {workers_} workers, killed at 5: losses and checkpoint equal")
+        before = whole
 
 
 def test_f12_a_killed_trainer_leaves_no_worker_behind(place):
