@@ -1,6 +1,7 @@
 """Token rows: the only place that knows token order, labels, groups and places in m-rope.
 
-    robot:  system, user: views, instruction, state; assistant: latent block, FAST block
+    robot:  system, user: [marked first view,] views, instruction, state; assistant: latent block,
+            FAST block
     video:  system, user: view, instruction;         assistant: latent block
     asked:  system, user: images, question;          assistant: answer; several may share a row
 
@@ -188,7 +189,8 @@ def token_rows(
 
     Args:
         batch: of `pipeline.Stream`: instruction, questions, view_mask bool[B, V], state with
-            arm_mask, latent_ids int[B, T, C] and latent_mask bool[B, T].
+            arm_mask, latent_ids int[B, T, C] and latent_mask bool[B, T]; and ref_mask bool[B] where
+            the config is mask-guided: which rows have the marked first view.
         tokenizer: with GEAR-VLA's ranges.
         config: lengths.
         fast: FAST ids of each row's chunk, from 0; None for rows without actions.
@@ -196,7 +198,8 @@ def token_rows(
     Returns:
         tokens, labels (`IGNORE` where nothing is learned), segments, groups, int32[B, T]; acts
         int32[B, T], `LATENT_BLOCK`, `FAST_BLOCK` or 0; insert_index int32[B, T] into the views'
-        embeddings, then the four state tokens, the learned latents and the robot's own; positions
+        embeddings, then the four state tokens, the learned latents, the robot's own and those of the
+        marked view; positions
         int32[3, B, T]; latent_index int32[B, M], where each latent token stands, and latent_valid
         bool[B, M]; chunk_position int32[B], the place in m-rope that the action chunk follows;
         scenes int32[B, V]: a robot's views show one scene, images of a question one each, absent
@@ -250,6 +253,7 @@ class _Ids:
     pad: int
     vision: tuple[int, int]
     views: Mapping[str, int]
+    ref: int
     state: tuple[int, int, int]
     latent: tuple[int, int, int]
     fast: tuple[int, int, int]
@@ -262,6 +266,7 @@ class _Ids:
             pad=one("<|image_pad|>"),
             vision=(one("<|vision_start|>"), one("<|vision_end|>")),
             views={view: one(f"<|view_{mark}|>") for view, mark in _VIEW_MARKS.items()},
+            ref=one("<|view_ref|>"),
             state=(one("<|state_start|>"), one("<|state_pad|>"), one("<|state_end|>")),
             latent=(one("<|la_start|>"), one("<la_0>"), one("<|la_end|>")),
             fast=(one("<|fast_start|>"), one("<fast_0000>"), one("<|fast_end|>")),
@@ -321,6 +326,14 @@ def _row(batch, index, tokenizer, ids, config, fast):
     row = _Row()
     row.add(tokenizer.encode(_OPENING))
     size = config.view_grid[0] * config.view_grid[1]
+    if "ref_mask" in batch:
+        # it keeps its place too, so that rows with and without one share their positions
+        segment = 1 if batch["ref_mask"][index] else _ALONE + len(VIEWS)
+        first = len(VIEWS) * size + _num_learned(config)
+        row.add([ids.ref, ids.vision[0]], segment=segment)
+        row.add([ids.pad] * size, segment=segment, group=HEAD, kind=IMAGE,
+                insert=first + np.arange(size))  # fmt: skip
+        row.add(ids.vision[1], segment=segment)
     for place, view in enumerate(VIEWS):
         # an absent view keeps its place, and is alone with itself
         segment = 1 if batch["view_mask"][index, place] else _ALONE + place
@@ -351,8 +364,14 @@ def _row(batch, index, tokenizer, ids, config, fast):
             label=True,
             act=block,
         )
-    row.add(ids.end, label=row.teaches(), act=block)
+    if block != OTHER:  # something was said
+        row.add(ids.end, label=row.teaches(), act=block)
     return row.finish()
+
+
+def _num_learned(config):
+    """Embeddings between the views' and the marked view's: states, learned latents, the robot's."""
+    return STATE_TOKENS + config.transitions * config.codes + config.prompt_tokens
 
 
 def _latents(row, batch, index, ids, config, first):
@@ -374,7 +393,7 @@ def _latents(row, batch, index, ids, config, first):
     row.add(
         ids.latent[1] + batch["latent_ids"][index].reshape(-1),
         label=mask,
-        segment=np.where(mask, 1, _ALONE + len(VIEWS) + STATE_TOKENS + places),
+        segment=np.where(mask, 1, _ALONE + len(VIEWS) + 1 + STATE_TOKENS + places),
         **there,
     )
     row.add(ids.latent[2], label=mask.any(), act=LATENT_BLOCK)
@@ -392,7 +411,7 @@ def _state(row, state, index, ids, first):
         [ids.state[1]] * STATE_TOKENS,
         group=STATE,
         insert=first + places,
-        segment=np.where(known.reshape(-1), 1, _ALONE + len(VIEWS) + places),
+        segment=np.where(known.reshape(-1), 1, _ALONE + len(VIEWS) + 1 + places),
     )
     row.add(ids.state[2])
 

@@ -6,7 +6,7 @@
 
 `latent_cache` is the only producer of what the expert sees, and the only stop_gradient of this
 system. A batch is that of `data/sequences.py` with images, state, embodiment_id, action
-and action_mask of the stream. Source: GEAR-VLA 3, systems.md 2.
+and action_mask of the stream; for a mask-guided policy also ref_image. Source: GEAR-VLA 3, systems.md 2.
 """
 
 import dataclasses
@@ -154,10 +154,13 @@ def encode(params, cfg, batch):
     parts = [views, tokens]
     if cfg.latents == "learned":
         parts.append(jnp.broadcast_to(params["learned"]["latents"], (rows, cfg.num_latents, width)))
-    elif cfg.prompt_tokens:
+    elif cfg.prompt_tokens or "ref_image" in batch:
         parts.append(jnp.zeros((rows, cfg.num_latents, width)))
     if cfg.prompt_tokens:
         parts.append(params["learned"]["prompts"][batch["embodiment_id"]])
+    if "ref_image" in batch:  # drawn over: no 3D features (systems.md 2.7)
+        flat = dataclasses.replace(cfg.vlm, geometry=None)
+        parts.append(vlm.view_embeddings(params, flat, batch["ref_image"][:, None]))
     return jnp.concatenate([part.astype(views.dtype) for part in parts], axis=1)
 
 

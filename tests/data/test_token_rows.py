@@ -7,7 +7,7 @@ from gear_jax.data import sequences
 from gear_jax.data.sequences import IGNORE, Question, SequenceConfig, token_rows
 
 CONFIG = SequenceConfig(length=64, view_grid=(1, 2), transitions=2, codes=2, fast_length=4)
-NAMES = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|view_head|>", "<|view_left|>",
+NAMES = ["<|view_ref|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|view_head|>", "<|view_left|>",
          "<|view_right|>", "<|state_start|>", "<|state_pad|>", "<|state_end|>", "<|la_start|>",
          "<la_0>", "<la_1>", "<la_2>", "<la_3>", "<|la_end|>", "<|fast_start|>", "<fast_0000>",
          "<fast_0001>", "<fast_0002>", "<|fast_end|>", "<|im_end|>"]  # fmt: skip
@@ -162,6 +162,9 @@ def test_variants_leave_blocks_out_and_a_long_fast_sequence_is_not_cut():
     row = _one(_batch(), config=dataclasses.replace(CONFIG, latents="none"))
     assert "<|la_start|>" not in _names(row["tokens"])
     assert row["chunk_position"] == row["positions"][0][24]  # of the turn's last token
+    alone = _one(_batch(), fast=None, config=dataclasses.replace(CONFIG, latents="none"))
+    prompt = _one(_batch(), config=dataclasses.replace(CONFIG, latents="none", prompt_only=True))
+    np.testing.assert_array_equal(alone["tokens"], prompt["tokens"])
 
 
 def test_the_chunk_follows_the_last_latent_token():
@@ -180,6 +183,20 @@ def test_learned_latents_hold_the_places_of_codes_and_are_not_asked_for():
     assert learned == ["<|fast_start|>", "<fast_0000>", "<fast_0002>", "<|fast_end|>", "<|im_end|>"]
     prompt = _one(_batch(), config=dataclasses.replace(CONFIG, latents="learned", prompt_only=True))
     np.testing.assert_array_equal(prompt["latent_index"], row["latent_index"])
+
+
+def test_the_marked_first_view_stands_before_the_others_and_is_alone_where_there_is_none():
+    row = _one(_batch(ref_mask=np.array([True])))
+    pad = "<|image_pad|>"
+    assert _names(row["tokens"])[1:6] == [
+        "<|view_ref|>", "<|vision_start|>", pad, pad, "<|vision_end|>",
+    ]  # fmt: skip
+    assert row["insert_index"][3:5].tolist() == [14, 15]  # behind 6 views', 4 states', 4 latents'
+    assert (row["segments"][1:6] == 1).all()
+    none = _one(_batch(ref_mask=np.array([False])))
+    assert len(np.unique(none["segments"][1:6])) == 1
+    assert none["segments"][1] not in none["segments"][6:]
+    np.testing.assert_array_equal(none["positions"], row["positions"])
 
 
 def test_a_robot_s_own_embeddings_stand_behind_the_instruction():

@@ -29,7 +29,7 @@ class _Tokenizer:
     _MARKS = ("<|vision_start|>", "<|vision_end|>", "<|view_head|>", "<|view_left|>",
               "<|view_right|>", "<|state_start|>", "<|state_pad|>", "<|state_end|>",
               "<|la_start|>", "<|la_end|>", "<|fast_start|>", "<|fast_end|>",
-              "<|im_end|>")  # fmt: skip
+              "<|im_end|>", "<|view_ref|>")  # fmt: skip
 
     def encode(self, text):
         return [10 + sum(map(ord, word)) % 200 for word in text.split()]
@@ -228,6 +228,18 @@ def test_an_absent_view_and_a_hidden_transition_change_nothing(cfg, params, batc
 
 def _cache(cfg, kv, batch):
     return gear.latent_cache(cfg, kv, batch)[0]
+
+
+def test_a_marked_first_view_is_seen_where_there_is_one(cfg, params, prefill):
+    stream = _stream_batch()
+    ref = np.random.default_rng(7).integers(0, 256, (ROWS, SIDE, SIDE, 3), dtype=np.uint8)
+    there = np.array([True, False, True, False])
+    batch = _rows({**stream, "ref_image": ref, "ref_mask": there}, length=100)
+    one = _cache(cfg, prefill(params, batch, NONE)[1], batch)[0]
+    other = {**batch, "ref_image": 255 - batch["ref_image"]}
+    two = _cache(cfg, prefill(params, other, NONE)[1], batch)[0]
+    differs = np.asarray(one != two).any(axis=(0, 2, 3, 4))
+    assert differs.tolist() == there.tolist()
 
 
 def test_questions_that_share_a_row_are_answered_as_if_each_came_alone(cfg, params, prefill):
