@@ -198,8 +198,8 @@ def token_rows(
     Returns:
         tokens, labels (`IGNORE` where nothing is learned), segments, groups, int32[B, T]; acts
         int32[B, T], `LATENT_BLOCK`, `FAST_BLOCK` or 0; insert_index int32[B, T] into the views'
-        embeddings, then the four state tokens, the learned latents, the robot's own and those of the
-        marked view; positions
+        embeddings, then the four state tokens, the learned latents, the robot's own and the marked
+        view's; positions
         int32[3, B, T]; latent_index int32[B, M], where each latent token stands, and latent_valid
         bool[B, M]; chunk_position int32[B], the place in m-rope that the action chunk follows;
         scenes int32[B, V]: a robot's views show one scene, images of a question one each, absent

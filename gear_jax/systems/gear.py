@@ -5,8 +5,9 @@
                             +- stop_gradient(K/V of the latent tokens) -> expert -> chunk  (eq. 2)
 
 `latent_cache` is the only producer of what the expert sees, and the only stop_gradient of this
-system. A batch is that of `data/sequences.py` with images, state, embodiment_id, action
-and action_mask of the stream; for a mask-guided policy also ref_image. Source: GEAR-VLA 3, systems.md 2.
+system. A batch is that of `data/sequences.py` with images, state, embodiment_id, action and
+action_mask of the stream; for a mask-guided policy also ref_image. Source: GEAR-VLA 3, systems.md
+2.
 """
 
 import dataclasses
