@@ -8,7 +8,8 @@ from gear_jax.data.sequences import IGNORE, Question, SequenceConfig, token_rows
 
 CONFIG = SequenceConfig(length=64, view_grid=(1, 2), transitions=2, codes=2, fast_length=4)
 NAMES = ["<|view_ref|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|view_head|>",
-         "<|view_left|>", "<|view_right|>", "<|state_start|>", "<|state_pad|>", "<|state_end|>", "<|la_start|>",
+         "<|view_left|>", "<|view_right|>", "<|state_start|>", "<|state_pad|>", "<|state_end|>",
+         "<|la_start|>",
          "<la_0>", "<la_1>", "<la_2>", "<la_3>", "<|la_end|>", "<|fast_start|>", "<fast_0000>",
          "<fast_0001>", "<fast_0002>", "<|fast_end|>", "<|im_end|>"]  # fmt: skip
 

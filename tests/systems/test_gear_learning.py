@@ -1,7 +1,7 @@
 """What GEAR-VLA learns: L1, L3, L5, L6 and L7 of systems.md 2.13, each with one seed.
 
-Margins are from five seeds of benchmarks/gear_learning.py; the figures stand in
-benchmarks/RESULTS.md. Nothing here passes untrained.
+Margins of L1, L3 and L5 are from five seeds of benchmarks/gear_learning.py; the figures stand in
+benchmarks/RESULTS.md. L6 and L7 have been seen with one seed. Nothing here passes untrained.
 """
 
 import os
@@ -56,4 +56,4 @@ def test_l6_what_only_the_geometry_tower_sees_reaches_the_actions(folder):
 def test_l7_a_policy_that_was_denied_the_wrist_view_stands_a_wrist_view_gone_astray(folder):
     made = gear_learning.wrist(folder, SEED)
     assert made["mixed_clean"] >= made["none_clean"] - 0.02
-    assert made["mixed_astray"] > made["none_astray"]
+    assert made["mixed_strange"] > made["none_strange"]
