@@ -1,7 +1,7 @@
 """What GEAR-VLA learns: L1, L3, L5, L6 and L7 of systems.md 2.13, each with one seed.
 
 Margins of L1, L3 and L5 are from five seeds of benchmarks/gear_learning.py; the figures stand in
-benchmarks/RESULTS.md. L6 and L7 have been seen with one seed. Nothing here passes untrained.
+benchmarks/RESULTS.md. L6 and L7 have been seen with two seeds. Nothing here passes untrained.
 """
 
 import os
