@@ -256,10 +256,14 @@ def _aloha(name):
     )
 
 
-def libero(*, fps: float = 20.0) -> Row:
-    """LIBERO as RLDS (`libero_*_no_noops`); 20 is the simulator's rate, some writers say 10."""
+def libero(*, fps: float = 20.0, joint_state: Literal["unused", "used"] = "unused") -> Row:
+    """LIBERO as RLDS (`libero_*_no_noops`); 20 is the simulator's rate, some writers say 10.
+
+    `joint_state`: not every copy has joint positions; what `launch.demos` writes does.
+    """
     arm = ArmRow(
         pose=Pose(f"{_OBS}state[0:3]", f"{_OBS}state[3:6]", "rotvec"),
+        joints=f"{_OBS}joint_state" if joint_state == "used" else None,
         grip_open=Gripper(f"{_OBS}state[6]", 0.0, 0.04),
         grip_cmd=Gripper("steps/action[6]", 1.0, -1.0),
     )
@@ -269,12 +273,13 @@ def libero(*, fps: float = 20.0) -> Row:
         fps,
         {"right": arm},
         {
-            "head": ViewRow(f"{_OBS}image", upside_down=True),
-            "right_wrist": ViewRow(f"{_OBS}wrist_image", upside_down=True),
+            "head": ViewRow(f"{_OBS}image", upside_down=True, flipped=True),
+            "right_wrist": ViewRow(f"{_OBS}wrist_image", upside_down=True, flipped=True),
         },
         ("steps/language_instruction",),
-        truth="rotation vector, not euler (quat2axisangle) [F]; -1 open, +1 close [V]; images "
-        "turned by 180 degrees; OSC deltas are not used",
+        truth="rotation vector, not euler (quat2axisangle) [F]; -1 open, +1 close [V]; images are "
+        "the simulator's, from the bottom row up, turned by 180 degrees: left and right are "
+        "exchanged (compared with its renderer); OSC deltas are not used",
     )
 
 

@@ -159,7 +159,7 @@ def test_ur5_is_closed_where_it_says_so_and_its_wrist_camera_is_bgr():
     assert episode.views["right_wrist"][0][0, 0].tolist() == [0, 0, 255]
 
 
-def test_libero_reads_a_rotation_vector_and_turns_the_image():
+def test_libero_reads_a_rotation_vector_and_undoes_the_mirrored_image():
     image = np.zeros((8, 8, 3), np.uint8)
     image[0, 0] = 255
     raw = Raw(
@@ -176,7 +176,10 @@ def test_libero_reads_a_rotation_vector_and_turns_the_image():
     np.testing.assert_allclose(_rotation(arm).as_rotvec(), [3.0, 0, 0.5], atol=1e-6)
     assert arm.grip_open[0] == 1
     assert arm.grip_cmd[0] == 0
-    assert episode.views["head"][0][7, 7].tolist() == [255] * 3
+    assert arm.joint_pos is None
+    # two turns of the simulator's bottom-up image: its rows are right again, its columns exchanged
+    assert episode.views["head"][0][0, 7].tolist() == [255] * 3
+    assert episode.views["right_wrist"][0][0, 7].tolist() == [255] * 3
 
 
 def test_droid_exchanges_the_gripper_and_keeps_successes():
