@@ -30,5 +30,5 @@ def test_equal_json_has_equal_digests_whatever_its_order():
     assert canonical({"b": [1, None], "a": "x"}) == '{"a":"x","b":[1,null]}'
     assert json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})
     for bad in ({"a": np.float32(1)}, {"a": math.nan}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="JSON"):
             canonical(bad)
