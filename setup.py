@@ -28,7 +28,6 @@ setup(
         "jax>=0.10.2",
         "ml-collections>=1.1",
         "ml-dtypes>=0.5",
-        "msgpack>=1.0",
         "msgpack>=1.1",
         "mujoco>=3.3,<4",  # the tabletop simulator; LIBERO's robosuite needs it below 4 too
         "numpy>=2.0",
