@@ -131,7 +131,7 @@ def compare(first, second) -> dict[str, Any]:
     if there["digests"]["protocol"] != here["digests"]["protocol"]:
         raise ValueError(
             f"{first} and {second} were run under different protocols: "
-            + _differences(there["protocol"], here["protocol"], str(first), str(second))
+            + _differences(there["protocol"], here["protocol"], "in the first", "in the second")
         )
     return statistics.compare(read(first)[0], read(second)[0])
 

@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -32,13 +33,16 @@ from gear_jax.evals.sims.base import Simulator
 
 TOKEN = "GEAR_JAX_WORKER_TOKEN"
 
-# our own names -> where they are; nothing else can be started
-SIMULATORS = {
-    "point": "gear_jax.evals.sims.point:PointSimulator",
-    "tabletop": "gear_jax.evals.sims.tabletop:TabletopSimulator",
-    "libero": "gear_jax.evals.sims.libero:LiberoSimulator",
-    "libero_plus": "gear_jax.evals.sims.libero_plus:LiberoPlusSimulator",
-    "robotwin": "gear_jax.evals.sims.robotwin:RobotwinSimulator",
+_SIMS = "gear_jax.evals.sims"
+_LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
+# our own names -> module, class and options; nothing else can be started
+SIMULATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "point": (f"{_SIMS}.point", "PointSimulator", {}),
+    "tabletop": (f"{_SIMS}.tabletop", "TabletopSimulator", {}),
+    **{suite: (f"{_SIMS}.libero", "LiberoSimulator", {"suite": suite}) for suite in _LIBERO},
+    "libero_plus": (f"{_SIMS}.libero_plus", "LiberoPlusSimulator", {}),
+    "robotwin": (f"{_SIMS}.robotwin", "RobotwinSimulator", {}),
 }
 
 
@@ -50,9 +54,9 @@ def open_simulator(name: str, options: dict) -> Simulator:
     """
     if name not in SIMULATORS:
         raise ValueError(f"simulator {name!r} is unknown: expected one of {sorted(SIMULATORS)}")
-    module, _, attribute = SIMULATORS[name].partition(":")
+    module, attribute, fixed = SIMULATORS[name]
     try:
-        return getattr(importlib.import_module(module), attribute)(**options)
+        return getattr(importlib.import_module(module), attribute)(**fixed, **options)
     except TypeError as error:
         raise ValueError(f"simulator {name!r} with options {options}: {error}") from error
     except ImportError as error:

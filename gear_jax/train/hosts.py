@@ -74,6 +74,12 @@ def leader_first(name: str) -> Iterator[None]:
         client.wait_at_barrier(name, _PATIENCE)
 
 
+def meet(name: str) -> None:
+    """Wait for every other process: process 0, where they are coordinated, may not leave first."""
+    if distributed.global_state.client is not None and jax.process_count() > 1:
+        distributed.global_state.client.wait_at_barrier(name, _PATIENCE)
+
+
 def end(code: int, *, together: bool) -> None:
     """End this process at once: workers and collectives of a run that failed must not hold it up.
 

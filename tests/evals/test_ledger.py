@@ -121,5 +121,5 @@ def test_policies_are_compared_under_one_protocol_only(tmp_path):
     fill(tmp_path / "b", dict.fromkeys(range(6), False), policy={"checkpoint": "def"})
     assert compare(tmp_path / "a", tmp_path / "b")["p"] == 2 / 64
     fill(tmp_path / "c", {0: True}, protocol={"replan": 5})
-    with pytest.raises(ValueError, match="different protocols: replan is 10 .*a and 5 .*c"):
+    with pytest.raises(ValueError, match="different protocols: replan is 10 in the first and 5 in"):
         compare(tmp_path / "a", tmp_path / "c")
