@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,13 +90,19 @@ def command(folder, *more):
     return [sys.executable, "-m", "launch.eval", *POINT, "--out", str(folder), *more]
 
 
-def test_two_processes_give_the_ledger_of_one(tmp_path, capsys):
+@pytest.mark.parametrize("pod", [False, True], ids=["told apart by hand", "by jax.distributed"])
+def test_two_processes_give_the_ledger_of_one(tmp_path, capsys, pod):
     run(capsys, tmp_path / "one")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    both = [
-        subprocess.Popen(command(tmp_path / "two", "--host", str(n), "--hosts", "2"), **quiet)
-        for n in (0, 1)
-    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = []
+    for number in ("0", "1"):
+        more = ("--host", number, "--hosts", "2")
+        if pod:
+            more = ("--coordinator", address, "--num_processes", "2", "--process_id", number)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        both.append(subprocess.Popen(command(tmp_path / "two", *more), **quiet))
     assert [one.wait(120) for one in both] == [0, 0]
     for name in ("ledger.jsonl", "summary.json", "protocol.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
