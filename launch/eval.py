@@ -158,6 +158,8 @@ def _compare(argv):
         f"both {found['both']}, only the first {found['only_first']}, only the second "
         f"{found['only_second']}, neither {found['neither']}: p = {found['p']:.3g}"
     )
+    if found["left_out"]:
+        print(f"{found['left_out']} episodes that only one of them has are left out")
     print(json.dumps({"ok": True, **found}))
     return DONE
 

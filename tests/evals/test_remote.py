@@ -91,18 +91,16 @@ def test_only_our_own_names_can_be_started(start):
 
 
 def test_a_killed_worker_is_noticed_at_once(start):
-    there = start(WorkerConfig("point", {"pace": 60.0}))
+    there = start(WorkerConfig("point", {"pace": 1e6}, timeout=1e6))
     there.call("reset", task="near", init=0)
     there.ask("run", targets=targets(np.ones(3), 5), observe=True)
     assert remote.wait([there], 0.3) == []
     there.process.kill()
-    begun = time.monotonic()
-    assert remote.wait([there]) == [there]
+    assert remote.wait([there]) == [there]  # for ever, if only its silence were noticed
     with pytest.raises(
         WorkerGoneError, match="worker 0 \\(point\\) failed in run: .*ended with -9"
     ):
         there.take()
-    assert time.monotonic() - begun < 30  # far below the 60 s that a step takes
 
 
 def test_a_worker_that_says_nothing_is_given_up(start):
