@@ -252,7 +252,11 @@ def protocol_record(
         named.setdefault(task.suite, {})[task.name] = about
     return {
         "version": 1,
-        "simulator": {"name": workers.sim, "options": dict(workers.options), **hello["protocol"]},
+        "simulator": {
+            "name": workers.sim,
+            "options": dict(workers.options),
+            "is": hello["protocol"],
+        },
         "versions": hello["versions"],
         "rate_hz": hello["rate_hz"],
         "replan_rows": replan,

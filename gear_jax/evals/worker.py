@@ -41,7 +41,6 @@ SIMULATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "point": (f"{_SIMS}.point", "PointSimulator", {}),
     "tabletop": (f"{_SIMS}.tabletop", "TabletopSimulator", {}),
     **{suite: (f"{_SIMS}.libero", "LiberoSimulator", {"suite": suite}) for suite in _LIBERO},
-    "libero_plus": (f"{_SIMS}.libero_plus", "LiberoPlusSimulator", {}),
     "robotwin": (f"{_SIMS}.robotwin", "RobotwinSimulator", {}),
 }
 

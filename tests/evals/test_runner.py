@@ -208,7 +208,7 @@ def test_only_what_changes_results_is_in_the_protocol():
     )
     assert record == {
         "version": 1,
-        "simulator": {"name": "point", "options": {"pace": 0.0}, "size": 32},
+        "simulator": {"name": "point", "options": {"pace": 0.0}, "is": {"size": 32}},
         "versions": {"numpy": "2"},
         "rate_hz": 20.0,
         "replan_rows": 10,
