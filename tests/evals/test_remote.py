@@ -104,7 +104,7 @@ def test_a_killed_worker_is_noticed_at_once(start):
 
 
 def test_a_worker_that_says_nothing_is_given_up(start):
-    there = start(WorkerConfig("point", timeout=20.0))
+    there = start()
     there.call("hello")
     os.kill(there.process.pid, signal.SIGSTOP)
     there.config = WorkerConfig("point", timeout=0.2)
