@@ -172,7 +172,9 @@ class Gear(Place):
         newest = self.steps()[-1]
         path = RunCheckpoints(self.workdir / "checkpoints", read_only=True).path(newest)
         with ocp.PyTreeCheckpointer() as checkpointer:
-            return newest, sha256(checkpointer.restore(path / "state"))
+            there = checkpointer.metadata(path / "state").item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+            return newest, sha256(checkpointer.restore(path / "state", restore_args=as_numpy))
 
 
 STARTED: list[subprocess.Popen] = []
