@@ -171,10 +171,18 @@ class LiberoSimulator:
         site, hand = self.data.site("gripper0_grip_site"), self.data.body("robot0_right_hand")
         return geometry.make_pose(site.xpos.copy(), geometry.quat_to_rotmat(hand.xquat))
 
+    def velocity(self) -> np.ndarray:
+        """Of the hand at present, float64[6] in the base frame, m/s and rad/s."""
+        mujoco: Any = importlib.import_module("mujoco")
+        found, kind = np.zeros(6), mujoco.mjtObj.mjOBJ_SITE
+        site = self.data.site("gripper0_grip_site").id
+        mujoco.mj_objectVelocity(self.model, self.data, kind, site, found, 0)
+        return np.concatenate([found[3:], found[:3]])
+
     def step(self, target: Target) -> bool:
         """One control step towards the right arm's target; whether the task is done."""
         pose, opening = target["right"]
-        return self.act(self.servo.action(self.pose(), pose, opening))
+        return self.act(self.servo.action(self.pose(), pose, opening, self.velocity()))
 
     def act(self, action: np.ndarray) -> bool:
         """One control step of the benchmark's own action, float[7] in [-1, 1]; whether done."""
