@@ -57,19 +57,26 @@ class LiberoExpert:
     """One episode's worth of decisions; `act` is called once a control step."""
 
     def __init__(
-        self, simulator: Any, *, rng: np.random.Generator | None = None, noise: float = 0.0
+        self,
+        simulator: Any,
+        *,
+        speed: float = 1.0,
+        rng: np.random.Generator | None = None,
+        noise: float = 0.0,
     ):
         """Plan the first grasp of the simulator's present episode.
 
         Args:
             simulator: a `LiberoSimulator` after `reset`.
+            speed: greatest action of the position, 0 .. 1. Below 1 it leaves room to catch up
+                for whoever follows the recorded path.
             rng: of the noise.
             noise: standard deviation of the grasp's place, metres.
 
         Raises:
             ValueError: a goal that is not "on" or "in".
         """
-        self.simulator, self.noise = simulator, noise
+        self.simulator, self.speed, self.noise = simulator, speed, noise
         self.rng = rng or np.random.default_rng(0)
         self.servo = OscServo()
         goals = simulator.goals()
@@ -89,6 +96,7 @@ class LiberoExpert:
         turn = geometry.rotvec_to_rotmat(np.array([0, 0, self.grasp.yaw])) @ self._straight
         opening = 0.0 if self.phase in _HOLDING else 1.0
         action = self.servo.action(pose, geometry.make_pose(place, turn), opening)
+        action[:3] = np.clip(action[:3], -self.speed, self.speed)
         action[3:6] = np.clip(action[3:6], -_SLOW_TURN, _SLOW_TURN)
         twist = np.linalg.norm(geometry.rotmat_to_rotvec(turn @ pose[:3, :3].T))
         self.steps += 1

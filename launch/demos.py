@@ -1,0 +1,119 @@
+"""Scripted demonstrations as RLDS, where no human ones are to be had.
+
+    python -m launch.demos --sim libero_spatial --tasks 0:10 --inits 0:5 --target data/scripted
+    python -m launch.demos --sim libero_object --tasks 3 --inits 0:50 --target data/scripted \
+        --image-size 128 --quality fast --noise 0.5 --seed 1
+
+Makes <target>/<sim>_scripted/1.0.0 with LIBERO's field names; read it through row `libero` with the
+option joint_state=used. Only successes are kept. It appears whole or not at all, and is the same
+for the same flags. Exit codes: 0 done; 4 something that cannot be used, said in one sentence.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from gear_jax.data.rlds_writer import RldsWriter
+from gear_jax.evals.sims.recording import columns
+
+Episodes = Iterator[tuple[str, dict[str, Any] | None]]
+
+
+def _libero(suite: str, args) -> Episodes:
+    from gear_jax.evals.sims.libero import LiberoSimulator
+    from gear_jax.evals.sims.libero_demos import episodes
+
+    simulator = LiberoSimulator(suite, image_size=args.image_size, quality=args.quality)
+    try:
+        yield from episodes(
+            simulator,
+            args.tasks,
+            args.inits,
+            noise=args.noise,
+            seed=args.seed,
+            encoding=args.encoding,
+        )
+    finally:
+        simulator.close()
+
+
+# {--sim: flags -> (source, record or None where the expert failed), one episode after the other}
+SIMULATORS: dict[str, Callable[[Any], Episodes]] = {
+    suite: functools.partial(_libero, suite)
+    for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+}
+
+
+def main(argv=None):
+    """Write one demonstration set; returns the exit code."""
+    try:
+        return _write(_arguments(argv))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
+
+
+def _arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.demos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sim", required=True, choices=sorted(SIMULATORS))
+    parser.add_argument("--tasks", default="0:10", help="numbers: FIRST:END, or with commas")
+    parser.add_argument("--inits", default="0:10", help="initial states of each task, likewise")
+    parser.add_argument("--target", type=pathlib.Path, required=True, help="folder of data sets")
+    parser.add_argument("--name", help="of the data set; <sim>_scripted")
+    parser.add_argument("--image-size", type=int, default=256, help="pixels")
+    parser.add_argument("--quality", choices=("full", "fast"), default="full")
+    parser.add_argument("--encoding", choices=("jpeg", "png"), default="jpeg")
+    parser.add_argument("--noise", type=float, default=0.0, help="0 .. 1, of executed actions")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    args = parser.parse_args(argv)
+    args.tasks, args.inits = _numbers("tasks", args.tasks), _numbers("inits", args.inits)
+    if not 0 <= args.noise <= 1:
+        raise ValueError(f"--noise {args.noise}: expected 0 .. 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected 0 or more")
+    return args
+
+
+def _numbers(name, text):
+    """0:3 or 0,1,2 -> [0, 1, 2]."""
+    first, colon, end = text.partition(":")
+    parts = (first, end) if colon else text.split(",")
+    if all(part.isdecimal() for part in parts):
+        numbers = list(range(int(first), int(end))) if colon else [int(part) for part in parts]
+        if numbers:
+            return numbers
+    raise ValueError(f"--{name} {text!r}: expected FIRST:END or numbers with commas between them")
+
+
+def _write(args):
+    total, kept, steps, failed = len(args.tasks) * len(args.inits), 0, 0, []
+    writer = RldsWriter(
+        args.target, args.name or f"{args.sim}_scripted", columns(encoding=args.encoding)
+    )
+    with writer, Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(args.sim, total=total)
+        for source, record in SIMULATORS[args.sim](args):
+            if record is None:
+                failed.append(source)
+            else:
+                writer.add(record)
+                kept, steps = kept + 1, steps + len(record["steps/action"])
+            progress.advance(bar)
+    for source in failed:
+        print(f"the expert failed, left out: {source}", file=sys.stderr)
+    print(f"{kept} of {total} episodes, {steps} steps: {writer.target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

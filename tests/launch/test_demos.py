@@ -1,0 +1,79 @@
+"""The launcher of scripted demonstrations, with episodes made by hand."""
+
+import numpy as np
+import pytest
+
+from gear_jax.data.windows import empty_state
+from gear_jax.evals.sims import recording
+from gear_jax.types import Observation
+from launch import demos
+
+
+def _record(source):
+    state = empty_state()
+    state["arm_mask"][1] = True
+    view = np.zeros((8, 8, 3), np.uint8)
+    recorder = recording.Recorder(source)
+    for step in range(3):
+        observation = Observation({"head": view, "right_wrist": view}, "go", "franka", state)
+        recorder.add(observation, np.full(7, 0.1 * step + 0.1))
+    return recorder.episode()
+
+
+def _fake(args):
+    """The expert fails at every initial state 1."""
+    for task in args.tasks:
+        for init in args.inits:
+            source = f"{task}/{init}"
+            yield source, None if init == 1 else _record(source)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setitem(demos.SIMULATORS, "libero_spatial", _fake)
+
+
+def _run(tmp_path, *flags):
+    return demos.main(["--sim", "libero_spatial", "--target", str(tmp_path), *flags])
+
+
+def test_successes_are_written_and_failures_named(tmp_path, capsys, fake):
+    assert _run(tmp_path, "--tasks", "4,2", "--inits", "0:3") == 0
+    said = capsys.readouterr()
+    folder = tmp_path / "libero_spatial_scripted/1.0.0"
+    assert said.out == f"4 of 6 episodes, 12 steps: {folder}\n"
+    assert "left out: 4/1" in said.err
+    assert "left out: 2/1" in said.err
+    assert (folder / "features.json").is_file()
+
+
+def test_a_set_without_a_success_leaves_nothing_behind(tmp_path, capsys, fake):
+    assert _run(tmp_path, "--inits", "1", "--name", "none") == 4
+    assert "no episode was written" in capsys.readouterr().err
+    assert list((tmp_path / "none").iterdir()) == []
+
+
+def test_a_set_that_is_there_is_not_touched(tmp_path, capsys, fake):
+    assert _run(tmp_path, "--inits", "0") == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert _run(tmp_path, "--inits", "2") == 4
+    assert "already there" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tasks", "3:3"], "--tasks '3:3': expected FIRST:END or numbers with commas"),
+        (["--tasks", "-1"], "--tasks '-1'"),
+        (["--inits", "0:"], "--inits '0:'"),
+        (["--inits", "1,,2"], "--inits '1,,2'"),
+        (["--noise", "1.5"], "--noise 1.5: expected 0 .. 1"),
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(tmp_path, capsys, flags, said):
+    name, value = flags
+    assert _run(tmp_path, f"{name}={value}") == 4
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
