@@ -46,6 +46,7 @@ EMBODIMENTS = (
     Embodiment("tienkung", _bimanual(7), "Tien Kung humanoid, arms only"),
     Embodiment("r1_lite", _bimanual(6), "Galaxea R1 Lite"),
     Embodiment("gr1", _bimanual(7), "Fourier GR-1 humanoid, arms only"),
+    Embodiment("tabletop_gantry", _single(4), "the embedded tabletop's hand on a gantry"),
 )
 
 _BY_NAME = {robot.name: number for number, robot in enumerate(EMBODIMENTS)}

@@ -283,6 +283,28 @@ def libero(*, fps: float = 20.0, joint_state: Literal["unused", "used"] = "unuse
     )
 
 
+def tabletop(*, fps: float = 20.0) -> Row:
+    """The embedded tabletop's demonstrations, under LIBERO's field names."""
+    arm = ArmRow(
+        pose=Pose(f"{_OBS}state[0:3]", f"{_OBS}state[3:6]", "rotvec"),
+        joints=f"{_OBS}joint_state",
+        grip_open=Gripper(f"{_OBS}state[6]", 0.0, 0.04),
+        grip_cmd=Gripper("steps/action[6]", 1.0, -1.0),
+    )
+    return Row(
+        "tabletop",
+        "tabletop_gantry",
+        fps,
+        {"right": arm},
+        {
+            "head": ViewRow(f"{_OBS}image", upside_down=True, flipped=True),
+            "right_wrist": ViewRow(f"{_OBS}wrist_image", upside_down=True, flipped=True),
+        },
+        ("steps/language_instruction",),
+        truth="evals/sims/recording.py writes it",
+    )
+
+
 def libero_hdf5(*, fps: float = 20.0) -> Row:
     """LIBERO's own HDF5 demonstrations; images lie bottom row first."""
     arm = ArmRow(
@@ -573,6 +595,7 @@ ROWS: dict[str, Callable[..., Row]] = {
         robomind_ur,
         reach,
         shapes,
+        tabletop,
         taco_play,
         video,
     )

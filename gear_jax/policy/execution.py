@@ -23,8 +23,8 @@ def targets(action, state: State, spec: ActionSpec, *, rate_hz: float, num_steps
     reach = spec.chunk_len / spec.rate_hz
     if num_steps < 1 or num_steps / rate_hz > reach + 1e-6:
         raise ValueError(
-            f"{num_steps} control steps at {rate_hz} Hz: expected 1 .. {int(reach * rate_hz + 1e-6)}, "
-            f"the chunk reaches {reach:g} s"
+            f"{num_steps} control steps at {rate_hz} Hz: expected 1 .. "
+            f"{int(reach * rate_hz + 1e-6)}, the chunk reaches {reach:g} s"
         )
     poses, grippers = target_poses(np.asarray(action, np.float64), state["ee_pose"], spec)
     out: list[dict[str, tuple[np.ndarray, float]]] = [{} for _ in range(num_steps)]

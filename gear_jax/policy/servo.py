@@ -26,7 +26,9 @@ class OscServo:
         rotation_scale: radians of an action of 1.
         gain: of the position error, where the velocity is not known.
         rotation_gain: of the rotation error, likewise.
-        correction: of the error in one period, 0 .. 1, where the velocity is known.
+        correction: of the position error in one period, 0 .. 1, where the velocity is known.
+        rotation_correction: of the rotation error, likewise. A degree that is missing at a query
+            bends the whole chunk that begins there.
         stiffness: of the controller, 1 / s^2.
         period: seconds between actions.
     """
@@ -36,6 +38,7 @@ class OscServo:
     gain: float = 2.5
     rotation_gain: float = 1.0
     correction: float = 0.75
+    rotation_correction: float = 1.0
     stiffness: float = 150.0
     period: float = 0.05
 
@@ -53,18 +56,18 @@ class OscServo:
         if velocity is None:
             shift, turn = self.gain * shift, self.rotation_gain * turn
         else:
-            shift = self._lead(shift, velocity[:3])
-            turn = self._lead(turn, velocity[3:])
+            shift = self._lead(shift, velocity[:3], self.correction)
+            turn = self._lead(turn, velocity[3:], self.rotation_correction)
         out = np.empty(7, np.float32)
         out[:3] = shift / self.position_scale
         out[3:6] = turn / self.rotation_scale
         out[6] = 1.0 if opening < 0.5 else -1.0
         return np.clip(out, -1, 1)
 
-    def _lead(self, error, velocity):
+    def _lead(self, error, velocity, part):
         """The step of the controller's goal that corrects a part of an error."""
         rate = np.sqrt(self.stiffness) * self.period
         fades = np.exp(-rate)
         reach, coast = 1 - (1 + rate) * fades, self.period * fades
-        way = self.correction * error + (1 - self.correction) * self.period * velocity
+        way = part * error + (1 - part) * self.period * velocity
         return (way - coast * velocity) / reach

@@ -1,10 +1,11 @@
 """What an evaluation needs of a simulator, whichever it is and whichever process it runs in.
 
-    reset(task, init) -> observe() -> policy -> targets -> step(target), step(target), ... -> observe()
+    reset(task, init) -> observe() -> policy -> targets -> step(target), step(target), ...
+                            ^-------------------------------------------------'
 
 Targets are absolute poses in the robot's base frame at the simulator's own control rate; turning
-them into its controller's action is the adapter's part (policy/servo.py). NumPy only: an adapter may
-run in a virtual environment without JAX.
+them into its controller's action is the adapter's part (policy/servo.py). NumPy only: an adapter
+may run in a virtual environment without JAX.
 """
 
 import dataclasses

@@ -1,0 +1,81 @@
+"""Scripted demonstrations on the tabletop: over the block, down, close, up.
+
+The expert reads the block's place from the simulator. What is executed is pushed off the clean
+action now and then (as in DART), so that demonstrations show how to come back; the recorded action
+is the clean one.
+"""
+
+import numpy as np
+
+from gear_jax import geometry
+
+_OVER, _LIFT = 0.09, 0.13  # metres above the table, of the finger tips
+_GRASP = 0.018
+_CLOSE_STEPS = 6
+_GAIN = 6.0
+
+
+class TabletopExpert:
+    """One episode's worth of decisions; `act` is called once a control step."""
+
+    def __init__(self, simulator):
+        """Begin above the block of the simulator's present episode."""
+        self.simulator = simulator
+        self.phase, self.steps = 0, 0
+
+    def act(self) -> np.ndarray:
+        """The next clean action, float32[7], of OscServo's kind."""
+        pose, block = self.simulator.pose(), self.simulator.block()
+        x, y = block[:2]
+        height = (_OVER, _GRASP, _GRASP, _LIFT)[self.phase]
+        # a block looks the same after a quarter turn
+        yaw = (block[3] + np.pi / 4) % (np.pi / 2) - np.pi / 4
+        near = np.hypot(*(pose[:2, 3] - block[:2]))
+        if self.phase == 0:
+            height = max(height, _GRASP + 0.04) if near < 0.01 else height
+        if self.phase == 3:
+            x, y = self._grasped
+        turn = geometry.euler_to_rotmat(np.array([yaw, 0.0, np.pi]), "zyx", "intrinsic")
+        target = geometry.make_pose(np.array([x, y, height]), turn)
+        action = self._servo(pose, target)
+        action[6] = 1.0 if self.phase >= 2 else -1.0
+        self.steps += 1
+        error = np.abs(target[:3, 3] - pose[:3, 3])
+        if (
+            (self.phase == 0 and near < 0.008 and error[2] < 0.02)
+            or (self.phase == 1 and error.max() < 0.006)
+            or (self.phase == 2 and self.steps >= _CLOSE_STEPS)
+        ):
+            self.phase, self.steps = self.phase + 1, 0
+            self._grasped = pose[:2, 3].copy()
+        if self.phase == 3 and self.steps > 12 and self.simulator.block()[2] < 0.03:
+            self.phase, self.steps = 0, 0  # it slipped: again
+        return action
+
+    def _servo(self, pose, target):
+        error = target[:3, 3] - pose[:3, 3]
+        turn = geometry.rotmat_to_rotvec(target[:3, :3] @ pose[:3, :3].T)
+        action = np.zeros(7, np.float32)
+        action[:3] = np.clip(_GAIN * error / 0.05 * 0.35, -1, 1)
+        action[3:6] = np.clip(turn / 0.5, -1, 1)
+        return action
+
+
+class Pushes:
+    """Disturbances of executed actions: now and then, for some steps, one direction."""
+
+    def __init__(self, rng: np.random.Generator, *, chance: float = 0.05, size: float = 0.7):
+        """How often a push begins, and how strong it is at most."""
+        self.rng, self.chance, self.size = rng, chance, size
+        self._left, self._push = 0, np.zeros(3)
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """The action that is executed."""
+        if not self._left and self.rng.random() < self.chance:
+            self._left = int(self.rng.integers(2, 6))
+            self._push = self.rng.uniform(-1, 1, 3) * self.size * (1, 1, 0.4)
+        pushed = action.copy()
+        if self._left:
+            self._left -= 1
+            pushed[:3] = np.clip(pushed[:3] + self._push, -1, 1)
+        return pushed

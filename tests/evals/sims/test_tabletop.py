@@ -1,0 +1,175 @@
+import numpy as np
+import pytest
+
+from gear_jax import geometry
+from gear_jax.data.catalog import DatasetConfig, open_prepared
+from gear_jax.data.images import decode
+from gear_jax.data.record_pool import Pool
+from gear_jax.data.rlds_writer import RldsWriter
+from gear_jax.data.windows import make_window
+from gear_jax.evals.sims import tabletop_data
+from gear_jax.evals.sims.recording import columns
+from gear_jax.evals.sims.tabletop import AXES, MAX_STEPS, TabletopSimulator, draw_scene
+from gear_jax.evals.sims.tabletop_expert import TabletopExpert
+from gear_jax.policy.execution import targets
+from gear_jax.types import ActionSpec
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    made = TabletopSimulator()
+    yield made
+    made.close()
+
+
+def _expert_lifts(simulator):
+    expert = TabletopExpert(simulator)
+    for step in range(MAX_STEPS):
+        simulator.act(expert.act())
+        if simulator.solved():
+            return step
+    return None
+
+
+@pytest.mark.parametrize("task", ["pick_red", "pick_green", "pick_blue", "pick_yellow"])
+def test_the_expert_lifts_the_block_that_is_named(simulator, task):
+    for init in range(3):
+        simulator.reset(task, init)
+        assert not simulator.solved()
+        assert _expert_lifts(simulator) is not None
+
+
+def test_an_initial_state_is_a_function_of_its_number(simulator):
+    seen = []
+    for task, init in (("pick_red", 3), ("pick_blue", 3), ("pick_red", 3)):
+        simulator.reset(task, init)
+        seen.append(simulator.observe())
+    one, other, again = seen
+    assert one.instruction == again.instruction
+    np.testing.assert_array_equal(one.images["head"], again.images["head"])
+    np.testing.assert_array_equal(one.state["ee_pose"], again.state["ee_pose"])
+    assert (one.images["head"] != other.images["head"]).any()
+    first, second = draw_scene("red", 0), draw_scene("red", 1)
+    assert (first.places != second.places).all()
+
+
+def test_the_head_view_shows_a_block_where_its_pixel_says(simulator):
+    simulator.place("red", 5, np.random.default_rng(1))
+    image = simulator.observe().images["head"].astype(int)
+    red = image[..., 0] - image[..., 1:].max(axis=-1) > 60
+    rows, cols = np.nonzero(red)
+    assert len(rows) > 20
+    x, y = simulator.pixel(0)
+    assert abs(cols.mean() - x) < 1.5
+    assert abs(rows.mean() - y) < 2.0
+
+
+def test_the_pose_is_where_the_finger_tips_are_and_looks_down(simulator):
+    simulator.reset("pick_red", 0)
+    pose = simulator.pose()
+    np.testing.assert_allclose(pose[:3, 2], [0, 0, -1], atol=1e-9)
+    np.testing.assert_allclose(pose[:3, 3], simulator._data.qpos[:3], atol=1e-9)
+    assert np.linalg.det(pose[:3, :3]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_every_perturbation_changes_what_it_is_named_after(axis):
+    plain, other = TabletopSimulator(), TabletopSimulator(perturb={axis: 5})
+    for simulator in (plain, other):
+        simulator.reset("pick_green", 7)
+    before, after = plain.observe(), other.observe()
+    same_image = (before.images["head"] == after.images["head"]).all()
+    same_hand = np.allclose(before.state["ee_pose"], after.state["ee_pose"], atol=1e-4)
+    if axis == "language":
+        assert before.instruction != after.instruction
+        assert same_image
+    elif axis == "robot":
+        assert not same_hand
+    else:
+        assert not same_image
+        assert same_hand
+    if axis == "noise":
+        np.testing.assert_array_equal(before.images["right_wrist"], after.images["right_wrist"])
+    assert plain.protocol() != other.protocol()
+    plain.close()
+    other.close()
+
+
+def test_another_block_can_be_named_while_success_stays_that_of_the_task():
+    simulator = TabletopSimulator(instruct="other")
+    simulator.reset("pick_red", 2)
+    assert "red" not in simulator.observe().instruction
+    assert simulator.scene.colours[1] in simulator.observe().instruction
+    assert _expert_lifts(simulator) is not None  # the expert goes for the task's own
+    simulator.close()
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match="perturb 'fog' is 1: expected a level"):
+        TabletopSimulator(perturb={"fog": 1})
+    with pytest.raises(ValueError, match="perturb 'camera' is 9"):
+        TabletopSimulator(perturb={"camera": 9})
+    with pytest.raises(ValueError, match="instruct is 'none'"):
+        TabletopSimulator(instruct="none")
+    simulator = TabletopSimulator()
+    with pytest.raises(ValueError, match="task 'pick_pink'"):
+        simulator.reset("pick_pink", 0)
+    with pytest.raises(ValueError, match="initial state -1"):
+        simulator.reset("pick_red", -1)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tabletop")
+    how = columns(tabletop_data.NUM_JOINTS, "png")
+    with RldsWriter(folder, "tabletop", how) as writer:
+        for _, record in tabletop_data.demonstrations(4, noise=0.0):
+            writer.add(record)
+    return open_prepared(
+        DatasetConfig(path=str(folder / "tabletop/1.0.0"), row="tabletop", work=str(folder / "w"))
+    )
+
+
+def test_demonstrations_read_back_as_the_simulator_showed_them(prepared, simulator):
+    episode = prepared.episode(0)
+    simulator.reset("pick_red", 1000)
+    seen = simulator.observe()
+    assert episode.instruction == seen.instruction
+    for view, image in seen.images.items():
+        np.testing.assert_array_equal(decode(episode.views[view][0]), image)
+    arm = episode.arms["right"]
+    np.testing.assert_allclose(arm.ee_pos[0], seen.state["ee_pose"][1, :3, 3], atol=1e-6)
+    turn = geometry.quat_to_rotmat(arm.ee_quat[0])
+    np.testing.assert_allclose(turn, seen.state["ee_pose"][1, :3, :3], atol=1e-5)
+    np.testing.assert_allclose(arm.joint_pos[0], seen.state["joint_pos"][1, :4], atol=1e-6)
+    assert arm.grip_open[0] == pytest.approx(1, abs=0.02)
+    assert set(np.unique(arm.grip_cmd)) == {0, 1}
+
+
+def test_the_chunks_of_demonstrations_lift_the_block_again(prepared, simulator):
+    """State -> 30 Hz chunk -> targets -> servo: the whole action path, closed at every query."""
+    spec = ActionSpec()
+    for number in range(4):
+        episode = prepared.episode(number)
+        task = f"pick_{('red', 'green', 'blue', 'yellow')[number]}"
+        simulator.reset(task, 1000)
+        done, step = False, 0
+        while not done and step < episode.num_steps - 1:
+            window = make_window(episode, step, spec)
+            pose = window.state["ee_pose"].astype(np.float64)
+            now = simulator.observe().state
+            assert np.linalg.norm(pose[1, :3, 3] - now["ee_pose"][1, :3, 3]) < 0.03
+            for target in targets(window.action, window.state, spec, rate_hz=20.0, num_steps=7):
+                done = done or simulator.step(target)
+            step += 7
+        assert done
+
+
+def test_questions_are_records_that_the_pipeline_takes(tmp_path):
+    tabletop_data.write_questions(tmp_path, 6)
+    pool = Pool(tmp_path)
+    assert len(pool) == 18
+    assert not list(pool.check())
+    points = np.array([pool.record(number)["points"][0] for number in range(18)])
+    assert ((points >= 0) & (points < 64)).all()
+    assert np.ptp(points, axis=0).min() > 15
