@@ -27,7 +27,7 @@ class OscServo:
         gain: of the position error, where the velocity is not known.
         rotation_gain: of the rotation error, likewise.
         correction: of the position error in one period, 0 .. 1, where the velocity is known.
-        rotation_correction: of the rotation error, likewise. A degree that is missing at a query
+        rotation_correction: of the rotation error, likewise. What is missing of a turn at a query
             bends the whole chunk that begins there.
         stiffness: of the controller, 1 / s^2.
         period: seconds between actions.
@@ -38,7 +38,7 @@ class OscServo:
     gain: float = 2.5
     rotation_gain: float = 1.0
     correction: float = 0.75
-    rotation_correction: float = 1.0
+    rotation_correction: float = 0.75
     stiffness: float = 150.0
     period: float = 0.05
 
