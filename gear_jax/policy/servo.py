@@ -37,7 +37,7 @@ class OscServo:
     rotation_scale: float = 0.5
     gain: float = 2.5
     rotation_gain: float = 1.0
-    correction: float = 0.75
+    correction: float = 0.6
     rotation_correction: float = 0.75
     stiffness: float = 150.0
     period: float = 0.05
