@@ -6,10 +6,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: quickstart test faults lint bench venv clean
+.PHONY: quickstart port-proof test faults lint bench venv clean
 
 quickstart: $(READY)
 	$(RUN) -m launch.quickstart
+
+# random checkpoints in the published format, ported both ways and joined: what a port promises
+port-proof: $(READY)
+	$(RUN) -m launch.port_proof
 
 test: $(READY)
 	$(RUN) -m pytest -n 2 --dist loadfile

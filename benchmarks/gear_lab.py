@@ -301,6 +301,11 @@ class Programs:
     measure: Callable
 
 
+def _act(cfg, params, batch, rng):
+    shape = (len(batch["tokens"]), cfg.expert.chunk_len, cfg.expert.action_dim)
+    return gear.act(params, cfg, batch, jax.random.normal(rng, shape))
+
+
 @functools.lru_cache(maxsize=8)
 def _programs(key, aside):
     del key
@@ -311,6 +316,6 @@ def _programs(key, aside):
         begin=jax.jit(functools.partial(new_state, stage.init, tx, ema=False)),
         step=jax.jit(make_train_step(stage.loss, tx), donate_argnums=0),
         loss=jax.jit(stage.loss),
-        act=jax.jit(lambda params, batch, rng: gear.act(params, cfg, batch, rng)),
+        act=jax.jit(functools.partial(_act, cfg)),
         measure=jax.jit(functools.partial(gear_eval.measure, cfg=cfg)),
     )

@@ -60,6 +60,7 @@ def base(size):
     config.init = {
         "qwen2_5_vl": None,  # folder that `launch.port convert` wrote
         "vggt": None,  # likewise
+        "published": None,  # folder that `launch.publish` wrote
         "run": None,  # workdir of an earlier stage
         "fresh": (),  # parameters that may begin at random
         "unused": ("unused/.*",),  # stored arrays that may lie idle

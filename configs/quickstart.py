@@ -1,57 +1,137 @@
-"""The quickstart: both ported towers at a size that runs anywhere in seconds.
+"""The quickstart: GEAR-VLA at a size that two cores train in minutes, on the embedded tabletop.
 
-    make quickstart
+    make quickstart                                                          # all of it
+    python -m launch.train --config configs/quickstart.py:policy --workdir runs/quickstart/policy
 
-`qwen2_5_vl` and `vggt` are written as the models' own config.json, since the quickstart makes
-checkpoints in the published format and ports them.
+Stages, each beginning where the one before ended: "vlm" (a small VLM learns to point; its result
+ships with the project, in the place of the released Qwen2.5-VL), "latents", "pretrain", "policy".
+The towers, losses and loop are those of the full size. A variant of gear_base.py may follow:
+`:policy,wo_latent`.
 """
 
-import ml_collections
+from configs import gear_base, latents
+
+STAGES = ("vlm", "latents", "pretrain", "policy")
+ROOT = "runs/quickstart"
 
 
-def get_config():
-    """ConfigDict with the two config.json, the cameras and the mesh."""
-    config = ml_collections.ConfigDict()
-    config.seed = 42
-    config.num_views = 3
-    config.image_size = 112  # pixels; GEAR-VLA: 448
-    config.new_tokens = 8
-    config.mesh = {"data": 2, "fsdp": 2, "tensor": 2}  # eight simulated devices
-    config.qwen2_5_vl = {
-        "model_type": "qwen2_5_vl",
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 96,
-        "vocab_size": 512,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-        "image_token_id": 500,
-        "video_token_id": 501,
-        "torch_dtype": "bfloat16",
-        "vision_config": {
-            "depth": 4,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "intermediate_size": 44,
-            "hidden_act": "silu",
-            "fullatt_block_indexes": [1, 3],
-            "window_size": 56,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "in_chans": 3,
-            "out_hidden_size": 64,
-            "tokens_per_second": 2,
+def get_config(arg="policy"):
+    """ConfigDict of one stage.
+
+    Args:
+        arg: stage and variant.
+    """
+    words = arg.split(",")
+    stage = next((word for word in words if word in STAGES), None)
+    if stage is None:
+        raise ValueError(f"configs/quickstart.py: {arg!r}: expected one of {STAGES}")
+    if stage == "latents":
+        return _latents()
+    _, variant, _ = gear_base.parse(
+        ",".join(word for word in words if word != stage), "configs/quickstart.py"
+    )
+    config = gear_base.base("debug")
+    config.model.update(_MODEL)
+    config.mesh.update(data=-1, fsdp=1)
+    config.data.sets = {"tabletop": _robot()}
+    config.data.pools = {"points": _pool()}
+    config.data.augment = None
+    config.data.update(
+        hold_out=0.05, num_workers=1, random_side=False,
+        fast={"path": f"{ROOT}/fast", "num_chunks": 4000, "vocab_size": 512},
+    )  # fmt: skip
+    config.loop.update(log_every=50, checkpoint_every=500, keep=1)
+    config.monitor.update(every=250, batches=4)
+    _STAGES[stage](config)
+    gear_base.VARIANTS[variant](config)
+    return config
+
+
+def _vlm(config):
+    """Pointing alone; the 2D tower is trained here, and never again."""
+    config.stage = "pretrain"
+    gear_base.optim(config, 2000, 1.5e-3, expert=False)
+    config.optim.partitions = (("state/.*", None), (".*", "vlm"))
+    config.optim.update(schedule="cosine", warmup_steps=100, b2=0.98)
+    config.model.update(train_vision=True, drops="none", with_fast=False)
+    config.data.sets = {}
+    config.model.length = 248  # three questions a row
+    config.data.update(hold_out=0.0, batch_size=16)
+    config.monitor.every = 0
+
+
+def _pretrain(config):
+    config.stage = "pretrain"
+    gear_base.optim(config, 1500, 1e-3, expert=False)
+    config.optim.update(schedule="cosine", warmup_steps=50)
+    config.data.batch_size = 32
+    config.data.sets.tabletop.weight = 0.75
+    config.data.pools.points.weight = 0.25
+    config.init.update(
+        run=f"{ROOT}/vlm", fresh=("state/.*", "geometry/.*", "projector/geometry_kernel"),
+        unused=("state/.*",),
+    )  # fmt: skip
+
+
+def _policy(config):
+    config.stage = "policy"
+    gear_base.optim(config, 2500, 1e-3, expert=True)
+    config.optim.update(schedule="cosine", warmup_steps=50)
+    config.data.batch_size = 32
+    config.data.sets.tabletop.weight = 0.9
+    config.data.pools.points.weight = 0.1
+    config.init.update(run=f"{ROOT}/pretrain", fresh=("expert/.*",))
+
+
+_STAGES = {"vlm": _vlm, "pretrain": _pretrain, "policy": _policy}
+
+_MODEL = {
+    "tokenizer": "small", "image_size": 64, "length": 192, "real_tokens": 150,
+    "fast_length": 64, "most_labels": 96, "remat": "attention",
+    "language": {
+        "depth": 3, "width": 96, "num_heads": 2, "num_kv_heads": 1, "head_dim": 48,
+        "mlp_dim": 256, "vocab_size": 1088, "rope_sections": (8, 8, 8), "tied_head": True,
+    },
+    "vision": {
+        "depth": 3, "width": 64, "num_heads": 2, "mlp_dim": 192, "patch_size": 8,
+        "window_size": 32, "full_attention_layers": (2,),
+        # the table's colour becomes 0: what stands on it is all that the patches show
+        "image_mean": (0.58, 0.53, 0.47), "image_std": (0.2, 0.2, 0.2),
+    },
+    "geometry": {
+        "depth": 2, "width": 48, "num_heads": 2, "mlp_dim": 96, "patch_size": 8,
+        "dino": {
+            "depth": 1, "width": 48, "num_heads": 2, "mlp_dim": 96, "patch_size": 8,
+            "pos_embed_grid": 8,
         },
-    }
-    config.vggt = {
-        "aggregator": {"embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0},
-        "dino": {"img_size": 70, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0},
-    }
+    },
+    "state": {"hidden_dim": 64, "shared": False},
+    "expert": {
+        "width": 96, "num_heads": 2, "mlp_dim": 256, "mlp": "swiglu", "output_aware": False,
+    },
+}  # fmt: skip
+
+
+def _robot():
+    return {
+        "path": f"{ROOT}/data/tabletop/1.0.0", "row": "tabletop", "work": f"{ROOT}/data/work",
+        "group": None, "latents": f"{ROOT}/ids", "weight": 1.0,
+    }  # fmt: skip
+
+
+def _pool():
+    return {"path": f"{ROOT}/questions", "weight": 1.0}
+
+
+def _latents():
+    config = latents.get_config("shapes")
+    config.model.update(image_size=32, patch_size=8)
+    config.optim.update(num_steps=1500)
+    config.loss.fade_steps = 400
+    config.data.sets = {"tabletop": {
+        key: value for key, value in _robot().items() if key not in ("group", "latents")
+    }}  # fmt: skip
+    config.data.update(batch_size=16, hold_out=0.05, num_workers=1)
+    config.monitor.update(every=500, batches=10, first=1000)
+    config.loop.update(log_every=50, checkpoint_every=500, keep=1)
     return config

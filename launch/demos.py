@@ -3,10 +3,12 @@
     python -m launch.demos --sim libero_spatial --tasks 0:10 --inits 0:5 --target data/scripted
     python -m launch.demos --sim libero_object --tasks 3 --inits 0:50 --target data/scripted \
         --image-size 128 --quality fast --noise 0.5 --seed 1
+    python -m launch.demos --sim tabletop --tasks 0:4 --inits 1000:1100 --target data --noise 0.7
 
 Makes <target>/<sim>_scripted/1.0.0 with LIBERO's field names; read it through row `libero` with the
-option joint_state=used. Only successes are kept. It appears whole or not at all, and is the same
-for the same flags. Exit codes: 0 done; 4 something that cannot be used, said in one sentence.
+option joint_state=used, the tabletop's through row `tabletop`. Only successes are kept. It appears
+whole or not at all, and is the same for the same flags. Exit codes: 0 done; 4 something that cannot
+be used, said in one sentence.
 """
 
 import argparse
@@ -43,11 +45,20 @@ def _libero(suite: str, args) -> Episodes:
         simulator.close()
 
 
+def _tabletop(args) -> Episodes:
+    from gear_jax.evals.sims import tabletop_data
+
+    yield from tabletop_data.demonstrations(
+        args.tasks, args.inits, noise=args.noise, seed=args.seed, encoding=args.encoding
+    )
+
+
 # {--sim: flags -> (source, record or None where the expert failed), one episode after the other}
 SIMULATORS: dict[str, Callable[[Any], Episodes]] = {
     suite: functools.partial(_libero, suite)
     for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-}
+} | {"tabletop": _tabletop}
+NUM_JOINTS = {"tabletop": 4}  # LIBERO's arms have 7
 
 
 def main(argv=None):
@@ -98,7 +109,9 @@ def _numbers(name, text):
 def _write(args):
     total, kept, steps, failed = len(args.tasks) * len(args.inits), 0, 0, []
     writer = RldsWriter(
-        args.target, args.name or f"{args.sim}_scripted", columns(encoding=args.encoding)
+        args.target,
+        args.name or f"{args.sim}_scripted",
+        columns(NUM_JOINTS.get(args.sim, 7), args.encoding),
     )
     with writer, Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(args.sim, total=total)

@@ -25,23 +25,22 @@ import grain
 import numpy as np
 
 from gear_jax.data import images as images_lib
-from gear_jax.data import statistics as statistics_lib
-from gear_jax.data.embodiments import EMBODIMENTS, embodiment_id
+from gear_jax.data.embodiments import embodiment_id
 from gear_jax.data.faults import FaultError, FaultLog
 from gear_jax.data.images import AugmentConfig, BadImageError
 from gear_jax.data.latent_ids import LatentIds
 from gear_jax.data.mask_overlay import overlay
 from gear_jax.data.mixtures import Phase, Schedule
+from gear_jax.data.normalizer import Normalizer
 from gear_jax.data.prepared import Prepared
 from gear_jax.data.record_packs import Packed
 from gear_jax.data.record_pool import Pool
 from gear_jax.data.sequences import Question, RowMaker
 from gear_jax.data.shared_buffers import Buffers, Handle, Reader
-from gear_jax.data.statistics import Statistics
 from gear_jax.data.tfrecord import DataError
 from gear_jax.data.vision_language import make_sample
 from gear_jax.data.windows import MIRRORED_VIEWS, clip_steps, empty_state, make_chunks, mirror_rows
-from gear_jax.types import MAX_JOINTS, VIEWS, ActionSpec, Episode
+from gear_jax.types import VIEWS, ActionSpec, Episode
 
 _MASK = (1 << 64) - 1
 _FIRST_CHECK = 2000  # samples before the fault budget is looked at
@@ -75,26 +74,6 @@ class StreamConfig:
     bad_images: float = 0.001
     content: Literal["examples", "clips"] = "examples"
     clip_frames: int = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalizer:
-    """The statistics that turn physical units into what the model reads.
-
-    Attributes:
-        action: of all data sets together: one action space for every robot.
-        states: by embodiment.
-        spec: what the actions mean.
-    """
-
-    action: Statistics
-    states: Mapping[str, Statistics]
-    spec: ActionSpec
-
-    def digest(self) -> str:
-        """Hash over all of it."""
-        parts = {name: one.digest() for name, one in self.states.items()}
-        return _hash([self.action.digest(), parts, self.spec.digest()])
 
 
 class Stream(Iterator):
@@ -417,18 +396,14 @@ class _Load(grain.transforms.Map):
         return pictures
 
     def _normalized(self, action, mask, state, embodiments):
-        if self.normalizer is None:
-            return {"action": action, "action_mask": mask, "state": state}
         normal = self.normalizer
-        action = statistics_lib.normalize_action(action, normal.action, self.spec)
-        action = np.where(mask, action, np.float32(0))
-        out = _normalized_state(state)
-        for number in np.unique(embodiments):
-            name = EMBODIMENTS[number].name
-            if name in normal.states:
-                rows = embodiments == number
-                _normalize_rows(out, state, rows, normal.states[name])
-        return {"action": action, "action_mask": mask, "state": out}
+        if normal is None:
+            return {"action": action, "action_mask": mask, "state": state}
+        return {
+            "action": normal.normalize_action(action, mask),
+            "action_mask": mask,
+            "state": normal.normalize_state(state, embodiments),
+        }
 
     # Clips
 
@@ -471,27 +446,3 @@ def _coin(seed: int, sample: int) -> bool:
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
     return bool((x ^ x >> 31) & 1)
-
-
-def _normalized_state(state):
-    """`types.NormalizedState` without numbers, with the masks of a `types.State`."""
-    rows, arms = state["arm_mask"].shape
-    return {
-        "ee": np.zeros((rows, arms, 9), np.float32),
-        "ee_mask": state["ee_mask"],
-        "joints": np.zeros((rows, arms, MAX_JOINTS + 1), np.float32),
-        "joint_mask": np.concatenate([state["joint_mask"], state["grip_mask"][..., None]], axis=-1),
-        "arm_mask": state["arm_mask"],
-    }
-
-
-def _normalize_rows(out, state, rows, statistics):
-    """Fill some rows of a normalised state by one embodiment's statistics."""
-    pose = state["ee_pose"][rows]
-    position = statistics_lib.normalize_state(pose[..., :3, 3], statistics.state["ee_pos"])
-    turn = np.swapaxes(pose[..., :3, :2], -1, -2).reshape(*pose.shape[:-2], 6)
-    ee = np.concatenate([position, turn], axis=-1)
-    out["ee"][rows] = np.where(out["ee_mask"][rows][..., None], ee, 0)
-    joints = statistics_lib.normalize_state(state["joint_pos"][rows], statistics.state["joint_pos"])
-    joints = np.concatenate([joints, 2 * state["grip_open"][rows][..., None] - 1], axis=-1)
-    out["joints"][rows] = np.where(out["joint_mask"][rows], joints, 0)

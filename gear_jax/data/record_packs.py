@@ -2,14 +2,15 @@
 
     Pool -> packs of record numbers -> rows with a segment for each record
 
-The packs are laid out once, from the length of each record's line and its number of images; the
-bytes of a line bound the tokens of its text from above. Each record is in exactly one pack.
+The packs are laid out once, from a bound of each record's tokens and its number of images. Each
+record is in exactly one pack.
 """
 
 import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -25,13 +26,13 @@ class Room:
         tokens: of a row.
         images: of a row.
         image_tokens: of an image, with its marks.
-        record_tokens: of a record, beside its images and its line: chat template and prompt words.
+        count: tokens of a record at most, beside its images.
     """
 
     tokens: int
     images: int
     image_tokens: int
-    record_tokens: int
+    count: Callable[[Record], int]
 
 
 class Packed:
@@ -49,15 +50,16 @@ class Packed:
         order = np.random.default_rng(seed).permutation(len(pool))
         begins, tokens, images = [], room.tokens, room.images
         for place, number in enumerate(order.tolist()):
-            count = len(pool.record(number)["images"])
-            needed = pool.line_bytes(number) + room.record_tokens + count * room.image_tokens
+            record = pool.record(number)
+            count = len(record["images"])
+            needed = room.count(record) + count * room.image_tokens
             if tokens + needed > room.tokens or images + count > room.images:
                 begins.append(place)
                 tokens = images = 0
             tokens, images = tokens + needed, images + count
         self._order, self._begins = order, np.array([*begins, len(order)], np.int64)
-        told = json.dumps([pool.digest, dataclasses.asdict(room), seed])
-        self.digest = hashlib.sha256(told.encode()).hexdigest()
+        told = json.dumps([pool.digest, room.images, seed]).encode()
+        self.digest = hashlib.sha256(told + self._begins.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         """Number of packs."""

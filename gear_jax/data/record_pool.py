@@ -79,10 +79,6 @@ class Pool:
         file, line, _, _ = self._places[number].tolist()
         return f"{self.files[file].name}, line {line}"
 
-    def line_bytes(self, number: int) -> int:
-        """Length of a record's line."""
-        return int(self._places[number, 3])
-
     def pack(self, number: int) -> list[int]:
         """Records of one row: here each has its own (record_packs.py joins them)."""
         return [number]

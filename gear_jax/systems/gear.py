@@ -365,14 +365,14 @@ def say_latents(params, cfg, batch, hidden, kv):
     return ids.T, memory, {**grown, **there, "chunk_position": begin + count}
 
 
-def act(params, cfg, batch, rng):
+def act(params, cfg, batch, noise):
     """A normalised chunk, from images, instruction and state alone.
 
     Args:
         params: {tower: parameters}.
         cfg: GearConfig.
         batch: rows of `token_rows` with `prompt_only`.
-        rng: key of the noise.
+        noise: float32[B, A, a], standard normal: where the flow begins.
 
     Returns:
         chunk float32[B, A, a]; latent ids int32[B, M], none where the config has no codes.
@@ -382,13 +382,12 @@ def act(params, cfg, batch, rng):
     if cfg.latents == "codes":
         ids, kv, grown = say_latents(params, cfg, batch, hidden, kv)
         batch = {**batch, **grown}
-    return sample_chunk(params, cfg, batch, latent_cache(cfg, kv, batch), rng), ids
+    return sample_chunk(params, cfg, batch, latent_cache(cfg, kv, batch), noise), ids
 
 
-def sample_chunk(params, cfg, batch, cached, rng):
-    """A chunk float32[B, A, a] from noise, on what `latent_cache` gave."""
+def sample_chunk(params, cfg, batch, cached, noise):
+    """A chunk float32[B, A, a] from noise of that shape, on what `latent_cache` gave."""
     cache, mask = cached
-    noise = jax.random.normal(rng, (len(mask), cfg.expert.chunk_len, cfg.expert.action_dim))
     place, robot = batch["chunk_position"], batch["embodiment_id"]
 
     def field(noisy, tau):

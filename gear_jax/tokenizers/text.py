@@ -178,7 +178,7 @@ def tokenizer_from_ranks(path: str | os.PathLike) -> TextTokenizer:
     for line in data.splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token)] = int(rank)
-    letter = _byte_letters()
+    letter = byte_letters()
     spell = {token: "".join(letter[byte] for byte in token) for token in ranks}
     merges = [
         (spell[left], spell[right])
@@ -187,12 +187,7 @@ def tokenizer_from_ranks(path: str | os.PathLike) -> TextTokenizer:
     vocabulary = {spell[token]: rank for token, rank in ranks.items()}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     for tokens, special in ((_SPECIAL, True), (_PLAIN, False)):
         backend.add_tokens([_added(token, special) for token in tokens])
@@ -205,13 +200,33 @@ def byte_tokenizer() -> TextTokenizer:
     For models that are trained from nothing, where Qwen's 151,643 words would be most of the
     parameters. Ids are as in `extend`, counted from 256.
     """
-    letters = {letter: byte for byte, letter in _byte_letters().items()}
-    backend = tokenizers.Tokenizer(models.BPE(letters, []))
+    letters = {letter: byte for byte, letter in byte_letters().items()}
+    return finish(tokenizers.Tokenizer(models.BPE(letters, [])))
+
+
+def finish(backend: tokenizers.Tokenizer, num_fast: int = len(FAST)) -> TextTokenizer:
+    """A bare vocabulary with Qwen's split into words and all added tokens behind it.
+
+    Args:
+        backend: without added tokens.
+        num_fast: FAST codes, the first of `FAST`.
+    """
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
-    backend.add_tokens([_added(token, special=True) for token in (*_SPECIAL, *_PLAIN, *ADDED)])
+    added = (*_SPECIAL, *_PLAIN, *ADDED[:num_fast], *ADDED[len(FAST) :])
+    backend.add_tokens([_added(token, special=True) for token in added])
     return TextTokenizer(backend)
+
+
+def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Qwen's split into words, written in bytes."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def extend(tokenizer: TextTokenizer) -> TextTokenizer:
@@ -344,7 +359,7 @@ def _added(token: str, special: bool) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(token, special=special, normalized=False)
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """GPT-2's printable stand-in of every byte."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in kept]

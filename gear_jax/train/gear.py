@@ -30,7 +30,7 @@ from gear_jax.towers.state_projector import StateProjectorConfig
 from gear_jax.towers.vggt import VggtConfig
 from gear_jax.train import lora, plan, sharding, start
 from gear_jax.train.gear_batch import arrays, expected_arrays, nested
-from gear_jax.train.gear_data import open_data
+from gear_jax.train.gear_data import BUILT_IN, open_data
 from gear_jax.train.gear_eval import HeldOut
 from gear_jax.train.loop import Evaluator, Stage
 from gear_jax.train.lora import LoraConfig
@@ -60,6 +60,10 @@ class GearModel:
     def row(self, config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch of one row, for tracing without data."""
         return expected_arrays(self.cfg, self.sequence, 1, config.model.image_size)
+
+    def sequence_for_prompts(self) -> SequenceConfig:
+        """Token rows that end where a policy goes on: without a chunk's room."""
+        return dataclasses.replace(self.sequence, prompt_only=True)
 
 
 def make_model(config: ml_collections.ConfigDict) -> GearModel:
@@ -122,6 +126,7 @@ def build(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Stage:
         flops_per_sample=plan.flops_per_sample(
             model.cfg, model.sequence, config.model.real_tokens, model.optim.partitions
         ),
+        files={"normalizer.json": data.normalizer.to_json()},
     )
 
 
@@ -206,13 +211,15 @@ def sequence_config(model: Mapping[str, Any]) -> SequenceConfig:
 
 def first_new_row(model: Mapping[str, Any]) -> int:
     """Rows of the vocabulary from here on are GEAR-VLA's, not Qwen's."""
-    return _latent_range(model["tokenizer"])[0] - len(text.FAST)
+    if model["tokenizer"] in BUILT_IN:
+        return BUILT_IN[model["tokenizer"]]().id("<fast_0000>")
+    return text.FAST.start
 
 
 def _latent_range(tokenizer: str) -> tuple[int, int]:
     """Id of the first latent token, and number of all tokens."""
-    if tokenizer == "bytes":
-        made = text.byte_tokenizer()
+    if tokenizer in BUILT_IN:
+        made = BUILT_IN[tokenizer]()
         return made.id("<la_0>"), len(made)
     return text.LATENT.start, text.CONTROL.stop
 

@@ -5,6 +5,7 @@ config.data -> {name: Prepared or Pool}, phases, Normalizer, RowMaker -> Stream
 
 import dataclasses
 import hashlib
+import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -20,19 +21,24 @@ from gear_jax.data.images import AugmentConfig
 from gear_jax.data.latent_ids import LatentIds
 from gear_jax.data.measure import Measured, measure
 from gear_jax.data.mixtures import Phase
-from gear_jax.data.pipeline import Normalizer, Stream, StreamConfig
+from gear_jax.data.normalizer import Normalizer
+from gear_jax.data.pipeline import Stream, StreamConfig
 from gear_jax.data.prepared import Prepared, hold_out
 from gear_jax.data.record_packs import Packed, Room
 from gear_jax.data.record_pool import Pool
 from gear_jax.data.sequences import RowMaker, SequenceConfig, question_tokens
-from gear_jax.data.statistics import normalize_action, require_valid
+from gear_jax.data.statistics import require_valid
 from gear_jax.data.tfrecord import DataError
+from gear_jax.data.vision_language import TYPES
 from gear_jax.data.windows import make_chunks
 from gear_jax.tokenizers import text
 from gear_jax.tokenizers.fast import FastTokenizer
+from gear_jax.tokenizers.small import small_tokenizer
 from gear_jax.types import VIEWS, ActionSpec
 
-_PROMPT_WORDS = 64  # tokens that a prompt's template may add to what the record says
+# Tokenizers that need no file, for models that are trained from nothing.
+BUILT_IN = {"bytes": text.byte_tokenizer, "small": small_tokenizer}
+_NOT_TOLD = ("id", "type", "images", "mask")  # of a record
 _OWN_KEYS = ("weight", "group", "latents")  # of a set, beside the fields of DatasetConfig
 
 
@@ -121,6 +127,11 @@ def open_data(config: ml_collections.ConfigDict, sequence: SequenceConfig) -> Ge
             raise ValueError(f"{name!r} is both a data set and a pool: choose another name")
         train[name] = pool
     fast = open_fast(data.fast, whole, normalizer, spec) if config.model.with_fast else None
+    if fast is not None and data.fast.vocab_size > (room := num_fast(tokenizer)):
+        raise ValueError(
+            f"data.fast.vocab_size is {data.fast.vocab_size}: the text tokenizer has {room} "
+            "tokens for FAST codes"
+        )
     digest = hashlib.sha256(tokenizer.backend.to_str().encode())
     digest.update(b"" if fast is None else fast.bpe.to_str().encode())
     return GearData(
@@ -152,11 +163,22 @@ def _open_latents(config, sets, sequence):
 
 def _open_pools(config, tokenizer, sequence):
     """{name: vision-language records, packed into rows}."""
+    longest = {
+        name: max(len(tokenizer.encode(prompt)) for prompt in kind.prompts)
+        for name, kind in TYPES.items()
+    }
+    turns = question_tokens(tokenizer)
+
+    def count(record):
+        """More tokens than its question and answer have: all that they are made from, as JSON."""
+        told = {key: value for key, value in record.items() if key not in _NOT_TOLD}
+        return turns + longest[record["type"]] + len(tokenizer.encode(json.dumps(told)))
+
     room = Room(
         tokens=sequence.length,
         images=len(VIEWS),
         image_tokens=math.prod(sequence.view_grid) + 2,
-        record_tokens=question_tokens(tokenizer) + _PROMPT_WORDS,
+        count=count,
     )
     keep = config.data.keep_percent
     return {
@@ -171,10 +193,15 @@ def _fields(fields: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def open_tokenizer(path: str) -> text.TextTokenizer:
-    """The text tokenizer of a folder, or that of bytes for "bytes"; with all added tokens."""
-    if path == "bytes":
-        return text.byte_tokenizer()
+    """The text tokenizer of a folder, or one of `BUILT_IN`; with all added tokens."""
+    if path in BUILT_IN:
+        return BUILT_IN[path]()
     return text.extend(text.load_tokenizer(path))
+
+
+def num_fast(tokenizer: text.TextTokenizer) -> int:
+    """FAST codes that a text tokenizer has tokens for."""
+    return tokenizer.id("<la_0>") - tokenizer.id("<fast_0000>")
 
 
 def open_normalizer(sets: Mapping[str, tuple[Prepared, str]], spec: ActionSpec) -> Normalizer:
@@ -185,7 +212,7 @@ def open_normalizer(sets: Mapping[str, tuple[Prepared, str]], spec: ActionSpec) 
         spec: of the chunks.
 
     Raises:
-        DataError: no actions anywhere, or statistics that are not fit to train on.
+        DataError: sets without actions, or statistics that are not fit to train on.
     """
     everything, robots = Measured(spec), {}
     for name, (prepared, work) in sets.items():
@@ -202,10 +229,10 @@ def open_normalizer(sets: Mapping[str, tuple[Prepared, str]], spec: ActionSpec) 
         everything.merge(counted)
         robot = prepared.row.embodiment
         robots.setdefault(robot, Measured(spec)).merge(counted)
-    if not robots:
+    if sets and not robots:
         raise DataError(f"none of the data sets {list(sets)} has actions: nothing to normalise by")
     states = {robot: counted.statistics(robot) for robot, counted in robots.items()}
-    return Normalizer(everything.statistics("all"), states, spec)
+    return Normalizer(everything.statistics("all") if robots else None, states, spec)
 
 
 def open_fast(
@@ -231,8 +258,8 @@ def open_fast(
             steps = [one.locate(int(i)) for i in rng.choice(one.num_steps, count, replace=False)]
             episodes = [one.episode(number, images=False) for number, _ in steps]
             action, mask, _ = make_chunks(episodes, [step for _, step in steps], spec)
-            action = normalize_action(action, normalizer.action, spec)
-            chunks.append(np.clip(np.where(mask.any(axis=1, keepdims=True), action, 0), -1, 1))
+            known = np.broadcast_to(mask.any(axis=1, keepdims=True), mask.shape)
+            chunks.append(np.clip(normalizer.normalize_action(action, known), -1, 1))
         made = FastTokenizer.fit(np.concatenate(chunks), vocab_size=options.vocab_size)
         made.save(path)
     return FastTokenizer.load(path, chunk_len=spec.chunk_len, action_dim=spec.action_dim)

@@ -121,7 +121,8 @@ def measure(params, *, cfg, batch, rng):
         gear.flow_loss(params, cfg, prompts | same, predicted, rng) * count,
         count,
     )
-    chunk = gear.sample_chunk(params, cfg, prompts, predicted, jax.random.fold_in(rng, 1))
+    noise = jax.random.normal(jax.random.fold_in(rng, 1), batch["action"].shape)
+    chunk = gear.sample_chunk(params, cfg, prompts, predicted, noise)
     error = jnp.where(mask, jnp.square(chunk - batch["action"]), 0)
     made["chunk_error"] = jnp.sum(error), count
     return _as_float(made)

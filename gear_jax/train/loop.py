@@ -62,6 +62,7 @@ class Stage:
         load: params of a run that begins, sharded -> params to begin with, the same in tree,
             shapes, dtypes and shardings; None keeps them.
         flops_per_sample: of the model, for one sample's step; None leaves "mfu" out of the log.
+        files: {name: text} that a user of the checkpoints needs, kept beside config.json.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Stage:
     ema_decay: float | None = None
     load: Callable[[Any], Any] | None = None
     flops_per_sample: float | None = None
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,8 @@ def _run(stage, config, workdir, mesh, seed, record, say, checkpoints, watch):
     shardings = state_shardings(shapes, mesh, stage.rules)
     state, data = _begin(stage, config, checkpoints, make, shapes, shardings, record, say)
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(json.dumps(record, indent=1))
+        for name, text in {"config.json": json.dumps(record, indent=1), **stage.files}.items():
+            (workdir / name).write_text(text)
     begun, num_steps = int(state.step), stage.optim.num_steps
     rows = sharding.batch_sharding(mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -22,7 +22,7 @@ from gear_jax.towers.state_projector import with_new_slot
 from gear_jax.train import checkpoint
 from gear_jax.train.run_checkpoints import RunCheckpoints
 
-_PORTED = ("qwen2_5_vl", "vggt")
+_FOLDERS = ("qwen2_5_vl", "vggt", "published")
 _TABLES = ("language/embed", "language/head")
 _NOISE = 0.02  # standard deviation of a new vocabulary row about the mean
 
@@ -43,10 +43,10 @@ def loader(
     """Fresh parameters -> the same tree, filled from where `init` says; None if from nowhere.
 
     Args:
-        init: qwen2_5_vl, vggt: folders that launch.port wrote, or None; run: workdir of an earlier
-            stage, or None; fresh: regexes of parameters that may begin at random; unused: regexes
-            of stored arrays that nobody needs; trained: embodiment slots of `run` that were
-            trained, () for all.
+        init: qwen2_5_vl, vggt: folders that launch.port wrote, or None; published: one that
+            launch.publish wrote, or None; run: workdir of an earlier stage, or None; fresh: regexes
+            of parameters that may begin at random; unused: regexes of stored arrays that nobody
+            needs; trained: embodiment slots of `run` that were trained, () for all.
         first_new_row: of the vocabulary.
         say: told where every parameter comes from.
 
@@ -54,12 +54,12 @@ def loader(
         ValueError: nothing to begin with; by the function, checkpoints that do not fit, all faults
             in one sentence.
     """
-    sources = [name for name in (*_PORTED, "run") if init[name]]
+    sources = [name for name in (*_FOLDERS, "run") if init.get(name)]
     if not sources:
         if ".*" not in init["fresh"]:
             raise ValueError(
-                "init: no checkpoint is given (qwen2_5_vl, vggt, run), and init.fresh is "
-                f"{tuple(init['fresh'])}: say '.*' to begin everything at random"
+                f"init: no checkpoint is given ({', '.join((*_FOLDERS, 'run'))}), and init.fresh "
+                f"is {tuple(init['fresh'])}: say '.*' to begin everything at random"
             )
         return None
 

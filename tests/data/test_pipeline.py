@@ -10,7 +10,8 @@ from gear_jax.data.embodiments import embodiment_id
 from gear_jax.data.images import Fit
 from gear_jax.data.measure import Measured, measure
 from gear_jax.data.mixtures import Phase
-from gear_jax.data.pipeline import Normalizer, Stream, StreamConfig
+from gear_jax.data.normalizer import Normalizer
+from gear_jax.data.pipeline import Stream, StreamConfig
 from gear_jax.data.record_pool import Pool
 from gear_jax.data.rlds_writer import Column, RldsWriter
 from gear_jax.data.statistics import denormalize_action, normalize_state

@@ -5,7 +5,12 @@ import pytest
 from gear_jax.data.record_packs import Packed, Room
 from gear_jax.data.record_pool import Pool
 
-ROOM = Room(tokens=700, images=3, image_tokens=100, record_tokens=20)
+
+def count(record):
+    return len(json.dumps(record)) + 20
+
+
+ROOM = Room(tokens=700, images=3, image_tokens=100, count=count)
 
 
 @pytest.fixture
@@ -27,7 +32,7 @@ def test_every_record_is_in_one_pack_and_packs_hold_what_fits(pool):
     assert len(packed) < 25
     for pack in packs:
         images = sum(len(pool.record(number)["images"]) for number in pack)
-        tokens = sum(pool.line_bytes(number) + 20 for number in pack) + 100 * images
+        tokens = sum(count(pool.record(number)) for number in pack) + 100 * images
         assert images <= 3
         assert tokens <= 700
 
@@ -40,5 +45,5 @@ def test_packs_are_a_function_of_the_seed(pool):
 
 
 def test_a_record_that_is_too_large_has_a_pack_of_its_own(pool):
-    small = Room(tokens=10, images=3, image_tokens=100, record_tokens=20)
+    small = Room(tokens=10, images=3, image_tokens=100, count=count)
     assert len(Packed(pool, small, seed=0)) == 40

@@ -14,12 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from configs import quickstart
+from configs import port_proof
 from gear_jax.porting import files, models
 from launch import port
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIG = quickstart.get_config().to_dict()
+CONFIG = port_proof.get_config().to_dict()
 CASES = [
     ("qwen2_5_vl", "qwen2_5_vl_tiny", None, None),
     ("qwen2_5_vl", "qwen2_5_vl_tiny_tied", None, None),

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from configs import quickstart
+from configs import port_proof
 from gear_jax.porting import files, models, table
 
-QWEN = quickstart.get_config().to_dict()["qwen2_5_vl"]
+QWEN = port_proof.get_config().to_dict()["qwen2_5_vl"]
 
 # What the hub's config.json says of the released models (flat layout).
 RELEASED = QWEN | {
@@ -181,7 +181,7 @@ def test_nonsense_in_any_field_is_refused_in_one_sentence(layout):
         config = {key: config[key] for key in names} | {"text_config": text}
         config["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": 1e4}
     if layout == "vggt":
-        name, config = "vggt", quickstart.get_config().to_dict()["vggt"]
+        name, config = "vggt", port_proof.get_config().to_dict()["vggt"]
     for path, field in list(_sections(config)):
         for value in _NONSENSE:
             answer = _answer(name, config, path, field, value)

@@ -1,4 +1,4 @@
-"""The joined towers at the quickstart's size."""
+"""The joined towers at the port proof's size."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from configs import quickstart
+from configs import port_proof
 from gear_jax.losses import next_token_loss
 from gear_jax.porting import models
 from gear_jax.systems import vlm
 from gear_jax.train import sharding
 
-CONFIG = quickstart.get_config().to_dict()
+CONFIG = port_proof.get_config().to_dict()
 BATCH, VIEWS, SIDE = 4, 3, CONFIG["image_size"]
 
 

@@ -8,18 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import policy_gear, quickstart
+from configs import policy_gear, port_proof
+from gear_jax.data.embodiments import EMBODIMENTS
 from gear_jax.systems import gear as system
 from gear_jax.train import checkpoint, gear, sharding, start
 from launch import port
-from launch.quickstart import write_random
+from launch.port_proof import write_random
 
-CONFIG = quickstart.get_config()
+CONFIG = port_proof.get_config()
 
 
 @pytest.fixture(scope="module")
 def ported(tmp_path_factory):
-    """Random Qwen2.5-VL and VGGT of the quickstart's sizes, converted as released ones are."""
+    """Random Qwen2.5-VL and VGGT of the port proof's sizes, converted as released ones are."""
     folder = tmp_path_factory.mktemp("ported")
     for name in ("qwen2_5_vl", "vggt"):
         source, target = folder / "hf" / name, folder / name
@@ -30,7 +31,7 @@ def ported(tmp_path_factory):
 
 
 def _model():
-    """The debug config with the quickstart's towers."""
+    """The debug config with the port proof's towers."""
     config = policy_gear.get_config("debug")
     config.model.language.update(mlp_dim=96)
     config.model.vision.update(depth=4, mlp_dim=44, full_attention_layers=(1, 3))
@@ -78,7 +79,7 @@ def test_ported_towers_fill_what_they_have_and_words_that_are_new_begin_at_the_m
         lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim) or 1 / 0, made, params
     )
     assert any("512 rows of words; the others new" in line for line in said)
-    assert "state/fc1/bias [14, 32] <- random" in said
+    assert f"state/fc1/bias [{len(EMBODIMENTS)}, 32] <- random" in said
 
 
 def _others(ported):

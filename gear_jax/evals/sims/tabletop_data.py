@@ -2,8 +2,8 @@
 
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -19,43 +19,59 @@ _FIRST_QUESTION = 1_000_000  # initial states from here on are asked about
 
 
 def demonstrations(
-    num_episodes: int, *, noise: float = 0.7, seed: int = 0, encoding: str = "png"
+    tasks: Sequence[int],
+    inits: Sequence[int],
+    *,
+    noise: float = 0.7,
+    seed: int = 0,
+    encoding: Literal["jpeg", "png"] = "png",
 ) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Episode after episode: its source, and the record or None where the expert failed.
 
-    Initial states are those from `tabletop.NUM_INITS` on, which no evaluation uses.
-
     Args:
-        num_episodes: the colours in turn.
-        noise: of `Pushes`; recorded actions stay the expert's own.
-        seed: of the pushes.
-        encoding: of images, "jpeg" or "png".
+        tasks: numbers of the colours.
+        inits: numbers of initial states, of each task, from `tabletop.NUM_INITS` on: those below
+            are for evaluation.
+        noise: strength of `Pushes`; recorded actions stay the expert's own.
+        seed: of the pushes; an episode depends on it, on the task and the initial state alone.
+        encoding: of images.
+
+    Raises:
+        ValueError: no such task, or an initial state that is kept for evaluation.
     """
     simulator = TabletopSimulator()
-    for number in range(num_episodes):
-        task = f"pick_{list(COLOURS)[number % len(COLOURS)]}"
-        init = NUM_INITS + number // len(COLOURS)
-        simulator.reset(task, init)
-        recorder = Recorder(
-            f"tabletop/{task}/init_{init}", num_joints=NUM_JOINTS, encoding=encoding
+    known = simulator.tasks()
+    if bad := [number for number in tasks if not 0 <= number < len(known)]:
+        raise ValueError(f"tabletop has no task {bad[0]}: expected 0 .. {len(known) - 1}")
+    if min(inits) < NUM_INITS:
+        raise ValueError(
+            f"initial state {min(inits)} is for evaluation: demonstrations have those from "
+            f"{NUM_INITS} on"
         )
-        expert, push = (
-            TabletopExpert(simulator),
-            Pushes(np.random.default_rng([seed, number]), size=noise),
-        )
-        left = None
-        for _ in range(MAX_STEPS):
-            action = expert.act()
-            recorder.add(simulator.observe(), action)
-            simulator.act(push(action) if left is None else action)
-            if left is None and simulator.solved():
-                left = _AFTER
-            elif left is not None:
-                left -= 1
-                if not left:
-                    break
-        yield recorder.source, None if left is None else recorder.episode()
-    simulator.close()
+    try:
+        for init in inits:
+            for number in tasks:
+                yield _demonstrate(simulator, known[number].name, init, noise, seed, encoding)
+    finally:
+        simulator.close()
+
+
+def _demonstrate(simulator, task, init, noise, seed, encoding):
+    simulator.reset(task, init)
+    recorder = Recorder(f"tabletop/{task}/init_{init}", num_joints=NUM_JOINTS, encoding=encoding)
+    push = Pushes(np.random.default_rng([seed, *task.encode(), init]), size=noise)
+    expert, left = TabletopExpert(simulator), None
+    for _ in range(MAX_STEPS):
+        action = expert.act()
+        recorder.add(simulator.observe(), action)
+        simulator.act(push(action) if left is None else action)
+        if left is None and simulator.solved():
+            left = _AFTER
+        elif left is not None:
+            left -= 1
+            if not left:
+                return recorder.source, recorder.episode()
+    return recorder.source, None
 
 
 def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda done: None) -> None:

@@ -118,12 +118,19 @@ def test_what_makes_no_sense_is_refused():
         simulator.reset("pick_red", -1)
 
 
+def test_demonstrations_leave_the_initial_states_of_evaluations_alone():
+    with pytest.raises(ValueError, match="initial state 999 is for evaluation"):
+        next(tabletop_data.demonstrations([0], [999]))
+    with pytest.raises(ValueError, match="no task 4"):
+        next(tabletop_data.demonstrations([4], [1000]))
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tabletop")
     how = columns(tabletop_data.NUM_JOINTS, "png")
     with RldsWriter(folder, "tabletop", how) as writer:
-        for _, record in tabletop_data.demonstrations(4, noise=0.0):
+        for _, record in tabletop_data.demonstrations(range(4), [1000], noise=0.0):
             writer.add(record)
     return open_prepared(
         DatasetConfig(path=str(folder / "tabletop/1.0.0"), row="tabletop", work=str(folder / "w"))

@@ -1,10 +1,10 @@
 """From nothing to a proved port, in about a minute on a laptop.
 
-    make quickstart
+    make port-proof
 
 Makes random Qwen2.5-VL and VGGT checkpoints in the published format, ports them both ways, joins
 them into GEAR-VLA's visual pathway and prints what it proved; the last line is one JSON object.
-Sizes: configs/quickstart.py. Everything it writes lies under runs/quickstart.
+Sizes: configs/port_proof.py. Everything it writes lies under runs/port_proof.
 """
 
 import os
@@ -24,19 +24,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from configs import quickstart
+from configs import port_proof
 from gear_jax.losses import next_token_loss
 from gear_jax.porting import files, models, table
 from gear_jax.systems import vlm
 from gear_jax.train import sharding
 from launch import port
 
-RUN = pathlib.Path("runs/quickstart")
+RUN = pathlib.Path("runs/port_proof")
 
 
 def main():
     """Run every proof; returns 1 if one fails."""
-    config, start = quickstart.get_config(), time.perf_counter()
+    config, start = port_proof.get_config(), time.perf_counter()
     shutil.rmtree(RUN, ignore_errors=True)
     proofs = {}
 

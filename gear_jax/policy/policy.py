@@ -1,0 +1,247 @@
+"""A trained run as a policy: Observation -> action chunk, through the transforms of its training.
+
+    images, instruction, state -> rows that a policy goes on from -> gear.act -> units of ActionSpec
+
+Everything comes from the run's folder: config.json, normalizer.json, and the newest whole
+checkpoint, of the averaged parameters where there are some. Source: GEAR-VLA 3.4, systems.md 2.6.
+"""
+
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from gear_jax.data import images as images_lib
+from gear_jax.data.embodiments import embodiment_id
+from gear_jax.data.normalizer import Normalizer
+from gear_jax.data.sequences import SequenceConfig, token_rows
+from gear_jax.data.tfrecord import DataError
+from gear_jax.evals.episodes import Answer, Query, noise_seed
+from gear_jax.systems import gear
+from gear_jax.tokenizers.text import TextTokenizer
+from gear_jax.train import checkpoint, lora, sharding
+from gear_jax.train.gear import make_model
+from gear_jax.train.gear_data import open_tokenizer
+from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints
+from gear_jax.types import VIEWS, Observation, State
+
+_STATE = ("ee", "ee_mask", "joints", "joint_mask", "arm_mask")
+_ROWS = ("tokens", "segments", "groups", "acts", "insert_index", "positions", "latent_index",
+         "latent_valid", "scenes", "chunk_position")  # fmt: skip
+
+
+class GearPolicy:
+    """A `ChunkPolicy`: GEAR-VLA on this host's devices.
+
+    An answer depends on its query, the seed and `batch_size` alone: a call is cut into batches of
+    that size, the last one filled up.
+    """
+
+    def __init__(
+        self,
+        cfg: gear.GearConfig,
+        params: Any,
+        normalizer: Normalizer,
+        tokenizer: TextTokenizer,
+        sequence: SequenceConfig,
+        *,
+        image_size: int,
+        fit: Literal["pad", "stretch"],
+        mesh: jax.sharding.Mesh,
+        identity: Mapping[str, Any],
+        seed: int = 0,
+        batch_size: int = 8,
+    ):
+        """Compile nothing yet.
+
+        Args:
+            cfg: all towers.
+            params: placed on the mesh.
+            normalizer: of the training.
+            tokenizer: of text.
+            sequence: token rows; `prompt_only`.
+            image_size: pixels, that the model was trained on.
+            fit: how an image fills it; see `images.Fit`.
+            mesh: of this host's devices.
+            identity: plain JSON, what this policy is.
+            seed: of the noise.
+            batch_size: rows of one call; a multiple of the mesh's places for rows.
+
+        Raises:
+            ValueError: the run has no action expert.
+        """
+        if cfg.expert is None:
+            raise ValueError("the run has no action expert: expected one of stage policy or adapt")
+        self.spec, self.cfg, self.params = normalizer.spec, cfg, params
+        self.normalizer, self.tokenizer, self.sequence = normalizer, tokenizer, sequence
+        self.image_size, self.fit, self.mesh = image_size, fit, mesh
+        self.seed, self.batch_size = seed, batch_size
+        self._identity = dict(identity)
+        self._rows = sharding.batch_sharding(mesh)
+        self._act = jax.jit(functools.partial(_act, cfg))
+
+    def identity(self) -> Mapping[str, Any]:
+        """What this policy is: digests of checkpoint, statistics and spec, and how it is asked."""
+        return self._identity
+
+    def __call__(self, queries: Sequence[Query]) -> Sequence[Answer]:
+        """One answer to each query.
+
+        Raises:
+            ValueError: an observation of a robot or text that the run cannot take.
+        """
+        shape = (self.spec.chunk_len, self.spec.action_dim)
+        answers = []
+        for first in range(0, len(queries), self.batch_size):
+            some = list(queries[first : first + self.batch_size])
+            noise = [
+                np.random.default_rng(noise_seed(query, self.seed)).standard_normal(shape)
+                for query in some
+            ]
+            chunks, ids = self.chunks([query.observation for query in some], np.stack(noise))
+            answers += [Answer(chunk, said) for chunk, said in zip(chunks, ids, strict=True)]
+        return answers
+
+    def chunks(self, observations: Sequence[Observation], noise: np.ndarray):
+        """Chunks float32[n, A, a] in the units of `spec`, and latent ids int32[n, M].
+
+        Args:
+            observations: n of them, up to `batch_size`.
+            noise: float[n, A, a], standard normal.
+        """
+        count = len(observations)
+        full = [*observations, *[observations[-1]] * (self.batch_size - count)]
+        noise = np.concatenate([noise, np.repeat(noise[-1:], self.batch_size - count, axis=0)])
+        batch = self.batch(full) | {"noise": noise.astype(np.float32)}
+        with jax.set_mesh(self.mesh):
+            placed = {key: jax.device_put(value, self._rows) for key, value in batch.items()}
+            chunks, ids = jax.device_get(self._act(self.params, placed))
+        return self.normalizer.denormalize_action(chunks[:count]), ids[:count]
+
+    def batch(self, observations: Sequence[Observation]) -> dict[str, np.ndarray]:
+        """What the model reads: flat, every array with its leading axis over rows."""
+        rows, size = len(observations), self.image_size
+        images = np.zeros((rows, len(VIEWS), size, size, 3), np.uint8)
+        mask = np.zeros((rows, len(VIEWS)), bool)
+        for row, one in enumerate(observations):
+            if unknown := set(one.images) - set(VIEWS):
+                raise ValueError(f"views {sorted(unknown)}: expected some of {VIEWS}")
+            for place, view in enumerate(VIEWS):
+                if view in one.images:
+                    images_lib.fit_into(images[row, place], one.images[view], self.fit)
+                    mask[row, place] = True
+        robots = np.array([self._robot(one) for one in observations], np.int32)
+        state: dict[str, Any] = {
+            key: np.stack([cast(dict[str, np.ndarray], one.state)[key] for one in observations])
+            for key in State.__annotations__
+        }
+        state = dict(self.normalizer.normalize_state(cast(State, state), robots))
+        told = {
+            "instruction": [one.instruction for one in observations],
+            "questions": [[] for _ in observations],
+            "view_mask": mask,
+            "state": state,
+        }
+        made = token_rows(told, self.tokenizer, self.sequence, [None] * rows)
+        flat = {key: made[key] for key in _ROWS} | {"images": images, "embodiment_id": robots}
+        flat["positions"] = np.moveaxis(flat["positions"], 0, 1)
+        return flat | {f"state/{key}": state[key] for key in _STATE}
+
+    def _robot(self, observation):
+        number = embodiment_id(observation.embodiment)
+        if observation.embodiment not in self.normalizer.states:
+            raise ValueError(
+                f"robot {observation.embodiment!r} is unknown to the run: expected one of "
+                f"{sorted(self.normalizer.states)}"
+            )
+        return number
+
+
+def _act(cfg, params, flat):
+    batch = {key: value for key, value in flat.items() if not key.startswith("state/")}
+    batch["state"] = {key: flat[f"state/{key}"] for key in _STATE}
+    batch["positions"] = jnp.moveaxis(batch["positions"], 1, 0)
+    return gear.act(params, cfg, batch, batch.pop("noise"))
+
+
+def open_policy(
+    workdir: str | pathlib.Path,
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    mesh: Mapping[str, int] | None = None,
+) -> GearPolicy:
+    """The newest whole checkpoint of a run of stage `policy` or `adapt`.
+
+    Args:
+        workdir: of the run.
+        seed: of the noise.
+        batch_size: observations that the model sees at a time.
+        mesh: sizes of the axes, over this host's devices; by default rows over all of them.
+
+    Raises:
+        DataError: a file of the run is missing or was changed, or no checkpoint can be used.
+        ValueError: the run has no action expert.
+    """
+    workdir = pathlib.Path(workdir)
+    config = ml_collections.ConfigDict(json.loads(_text(workdir / "config.json")))
+    normalizer = Normalizer.from_json(
+        _text(workdir / "normalizer.json"), str(workdir / "normalizer.json")
+    )
+    model = make_model(config)
+    sizes = mesh or {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}
+    devices = sharding.make_mesh(sizes, jax.local_devices())
+    shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
+    key = "params" if config.ema_decay is None else "ema"
+    targets = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes, sharding.param_shardings(shapes, devices),
+    )  # fmt: skip
+    checkpoints = RunCheckpoints(workdir / "checkpoints", read_only=True)
+    try:
+        restored = checkpoints.restore_part({key: targets})
+        digest = checkpoint.digest(checkpoints.path(restored.step))
+    except NoCheckpointError as error:
+        raise DataError(str(error)) from error
+    finally:
+        checkpoints.close()
+    parts = restored.meta["data"]["parts"]
+    if parts["statistics"] != normalizer.digest():
+        raise DataError(
+            f"{workdir}/normalizer.json is {normalizer.digest()[:12]}, step {restored.step} was "
+            f"trained with {parts['statistics'][:12]}: not of this run"
+        )
+    params = lora.merge(restored.state[key], model.lora)
+    sequence = model.sequence_for_prompts()
+    identity = {
+        "name": str(config.stage),
+        "checkpoint": digest,
+        "step": restored.step,
+        "statistics": normalizer.digest(),
+        "spec": normalizer.spec.digest(),
+        "config": hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest(),
+        "flow_steps": model.cfg.flow_steps,
+        "image_size": config.model.image_size,
+        "fit": config.data.fit,
+        "parameters": key,
+        "jax": jax.__version__,
+    }
+    return GearPolicy(
+        model.cfg, params, normalizer, open_tokenizer(config.model.tokenizer), sequence,
+        image_size=config.model.image_size, fit=config.data.fit, mesh=devices, identity=identity,
+        seed=seed, batch_size=max(batch_size, devices.size),
+    )  # fmt: skip
+
+
+def _text(path):
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise DataError(f"{path}: no such file: expected the folder of a trained run") from error

@@ -1,0 +1,103 @@
+"""The parameters of a trained run alone, for others to begin with: no optimiser, no data state.
+
+    python -m launch.publish --run runs/quickstart/vlm --target checkpoints/mine --dtype bfloat16
+    python -m launch.publish --run runs/policy --target checkpoints/vlm --only '(?!expert/).*'
+
+The newest whole checkpoint is taken, its averaged parameters where there are some. A config names
+the folder as `init.published`. It appears whole or not at all, with a digest of every file. Exit
+codes: 0 done; 4 something that cannot be used, said in one sentence.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+import gear_jax
+from gear_jax.data.tfrecord import DataError
+from gear_jax.train import checkpoint, sharding
+from gear_jax.train.gear import make_model
+from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints
+
+DTYPES = {"as_trained": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def main(argv=None):
+    """Write one folder; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.publish",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run", type=pathlib.Path, required=True, help="workdir of a stage")
+    parser.add_argument("--target", type=pathlib.Path, required=True, help="a new folder")
+    parser.add_argument("--only", default=".*", help="regex of whole parameter names")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="as_trained")
+    try:
+        count = publish(**vars(parser.parse_args(argv)))
+    except (DataError, NoCheckpointError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
+    print(json.dumps({"ok": True, **count}))
+    return 0
+
+
+def publish(run, target, only, dtype):
+    """Returns {"parameters", "step"}."""
+    text = (run / "config.json").read_text()
+    config = ml_collections.ConfigDict(json.loads(text))
+    shapes, _ = jax.eval_shape(make_model(config).init, jax.random.key(0))
+    mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
+    key = "params" if config.ema_decay is None else "ema"
+    targets = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        sharding.param_shardings(shapes, mesh),
+    )
+    checkpoints = RunCheckpoints(run / "checkpoints", read_only=True)
+    try:
+        restored = checkpoints.restore_part({key: targets})
+    finally:
+        checkpoints.close()
+    kept = _chosen(restored.state[key], only, DTYPES[dtype])
+    manifest = {
+        "gear_jax": gear_jax.__version__,
+        "stage": config.stage,
+        "step": restored.step,
+        "only": only,
+        "dtype": dtype,
+        "config": json.loads(text),
+    }
+    with checkpoint.new_directory(target) as folder:
+        checkpoint.save_params(folder, kept)
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        checkpoint.write_digests(folder)
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(kept)),
+        "step": restored.step,
+    }
+
+
+def _chosen(params, only, dtype):
+    """The nested dictionary without what the regex does not name."""
+    kept: dict = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [entry.key for entry in path]
+        if not re.fullmatch(only, "/".join(names)):
+            continue
+        place = kept
+        for name in names[:-1]:
+            place = place.setdefault(name, {})
+        place[names[-1]] = leaf if dtype is None else leaf.astype(dtype)
+    if not kept:
+        raise ValueError(f"--only {only!r} names no parameter of the run")
+    return kept
+
+
+if __name__ == "__main__":
+    sys.exit(main())
