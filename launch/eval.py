@@ -5,7 +5,7 @@ r"""Success rates of a policy in a simulator; killed at any moment, the same com
     python -m launch.eval compare runs/eval/x runs/eval/y  # paired by episode: McNemar's exact test
     python -m launch.eval page runs/eval/x                 # page.html, to look at
 
---policy is the folder of a run, or a floor: hold, noise. Several hosts share --out and run the same
+--policy is the folder of a run, or a floor: hold, noise, replay:ROW:FOLDER:WORK. Several hosts share --out and run the same
 command, found as in launch.train, or told apart by --host 0 --hosts 8, --host 1 --hosts 8, ... The
 last line is one JSON object. Exit codes: 0 done; 4 something that cannot be used, or ledgers that
 cannot be compared; 70 a simulator or worker failed for good.
@@ -50,7 +50,9 @@ def main(argv=None):
 
 def _arguments(argv):
     parser = _parser("", __doc__)
-    parser.add_argument("--policy", required=True, help="folder of a run, hold, or noise")
+    parser.add_argument("--policy", required=True, help="folder of a run, or a floor")
+    parser.add_argument("--mask-guided", choices=("grabcut", "rectangle"),
+                        help="mark the object in the first view, by this segmenter")  # fmt: skip
     parser.add_argument("--sim", required=True, choices=sorted(SIMULATORS))
     parser.add_argument("--options", type=json.loads, default={}, help="JSON, for the simulator")
     parser.add_argument("--tasks", default="all", help="all, or names with commas between them")
@@ -88,7 +90,7 @@ def _arguments(argv):
 def _evaluate(args):
     """Run this host's share; whoever ends last writes ledger.jsonl."""
     joined = _join(args)
-    policy = policies.open_policy(args.policy, args.seed)
+    policy = policies.open_policy(args.policy, args.seed, args.mask_guided)
     workers = remote.WorkerConfig(args.sim, args.options, args.worker_python, args.timeout)
     with contextlib.closing(remote.RemoteSimulator(workers)) as first:
         return _run(args, joined, policy, workers, first)
@@ -122,17 +124,18 @@ def _run(args, joined, policy, workers, first):
         from gear_jax.train import hosts
 
         hosts.meet("evaluated")
-    return _report(args, episodes, ran, work.seconds, time.monotonic() - begun)
+    counts = {"mask_guided": policy.counts()} if args.mask_guided else {}
+    return _report(args, episodes, ran, work.seconds, time.monotonic() - begun, counts)
 
 
-def _report(args, episodes, ran, seconds, wall):
+def _report(args, episodes, ran, seconds, wall, counts):
     rows, _ = ledger.read(args.out)
     missing = sum(one not in rows for one in episodes)
     said = {"ok": True, "finished": not missing, "missing": missing}
     if not missing:
         said["ledger_sha256"] = ledger.finish(args.out)["ledger_sha256"]
     said |= statistics.count(row["success"] for row in rows.values())
-    said |= {
+    said |= counts | {
         "ran": ran,
         "episodes_per_hour": round(3600 * ran / wall) if ran else None,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},

@@ -53,12 +53,19 @@ class NoisePolicy:
 POLICIES = {"hold": HoldPolicy, "noise": NoisePolicy}
 
 
-def open_policy(name: str, seed: int = 0) -> ChunkPolicy:
+def open_policy(name: str, seed: int = 0, mask_guided: str | None = None) -> ChunkPolicy:
     """A policy by its name, or the newest checkpoint of a run by its folder.
 
+    Args:
+        name: one of `POLICIES`, or a run's folder.
+        seed: of the noise.
+        mask_guided: segmenter of the mask-guided mode (policy/mask_guided.py), or None.
+
     Raises:
-        ValueError: neither a name nor a folder.
+        ValueError: neither a name nor a folder, or a floor that is to be mask-guided.
     """
+    if name in POLICIES and mask_guided is not None:
+        raise ValueError(f"policy {name!r} sees nothing to mask: expected a run's folder")
     if name in POLICIES:
         return POLICIES[name](seed)
     if not pathlib.Path(name).is_dir():
@@ -67,7 +74,12 @@ def open_policy(name: str, seed: int = 0) -> ChunkPolicy:
         )
     from gear_jax.policy import policy  # JAX and the towers: not for a floor
 
-    return policy.open_policy(pathlib.Path(name), seed=seed)
+    made = policy.open_policy(pathlib.Path(name), seed=seed)
+    if mask_guided is None:
+        return made
+    from gear_jax.policy.mask_guided import guided
+
+    return guided(made, mask_guided)
 
 
 def _chunk(spec, velocity, opening):
