@@ -5,10 +5,10 @@ r"""Success rates of a policy in a simulator; killed at any moment, the same com
     python -m launch.eval compare runs/eval/x runs/eval/y  # paired by episode: McNemar's exact test
     python -m launch.eval page runs/eval/x                 # page.html, to look at
 
---policy is the folder of a run, or a floor: hold, noise, replay:ROW:FOLDER:WORK. Several hosts share --out and run the same
-command, found as in launch.train, or told apart by --host 0 --hosts 8, --host 1 --hosts 8, ... The
-last line is one JSON object. Exit codes: 0 done; 4 something that cannot be used, or ledgers that
-cannot be compared; 70 a simulator or worker failed for good.
+--policy is the folder of a run, or a floor: hold, noise, replay:ROW:FOLDER:WORK. Several hosts
+share --out and run the same command, found as in launch.train, or told apart by --host 0 --hosts 8,
+--host 1 --hosts 8, ... The last line is one JSON object. Exit codes: 0 done; 4 something that
+cannot be used, or ledgers that cannot be compared; 70 a simulator or worker failed for good.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def _arguments(argv):
 def _evaluate(args):
     """Run this host's share; whoever ends last writes ledger.jsonl."""
     joined = _join(args)
-    policy = policies.open_policy(args.policy, args.seed, args.mask_guided)
+    policy = policies.open_policy(args.policy, args.seed, args.mask_guided, replan=args.replan)
     workers = remote.WorkerConfig(args.sim, args.options, args.worker_python, args.timeout)
     with contextlib.closing(remote.RemoteSimulator(workers)) as first:
         return _run(args, joined, policy, workers, first)

@@ -53,21 +53,29 @@ class NoisePolicy:
 POLICIES = {"hold": HoldPolicy, "noise": NoisePolicy}
 
 
-def open_policy(name: str, seed: int = 0, mask_guided: str | None = None) -> ChunkPolicy:
+def open_policy(
+    name: str, seed: int = 0, mask_guided: str | None = None, *, replan: int = 10
+) -> ChunkPolicy:
     """A policy by its name, or the newest checkpoint of a run by its folder.
 
     Args:
-        name: one of `POLICIES`, or a run's folder.
+        name: one of `POLICIES`, replay:ROW:FOLDER:WORK (evals/replay.py), or a run's folder.
         seed: of the noise.
         mask_guided: segmenter of the mask-guided mode (policy/mask_guided.py), or None.
+        replan: rows of a chunk until the next query; a replay keeps time by it.
 
     Raises:
         ValueError: neither a name nor a folder, or a floor that is to be mask-guided.
     """
-    if name in POLICIES and mask_guided is not None:
+    replayed = name.startswith("replay:")
+    if (name in POLICIES or replayed) and mask_guided is not None:
         raise ValueError(f"policy {name!r} sees nothing to mask: expected a run's folder")
     if name in POLICIES:
         return POLICIES[name](seed)
+    if replayed:
+        from gear_jax.evals import replay  # the data pipeline
+
+        return replay.open_replay(name, replan)
     if not pathlib.Path(name).is_dir():
         raise ValueError(
             f"policy {name!r} is unknown: expected a run's folder or one of {sorted(POLICIES)}"

@@ -10,6 +10,7 @@ msgpack and its simulator; no JAX. Requests are {"op": ...}; replies are a map, 
     hello                      -> protocol, tasks, rate_hz, versions
     reset task, init           -> observation, seconds
     run targets, observe       -> done, steps, observation or None, seconds {physics, render}
+    audit                      -> what a simulator says of the files that its tasks need
 """
 
 import argparse
@@ -35,12 +36,14 @@ TOKEN = "GEAR_JAX_WORKER_TOKEN"
 
 _SIMS = "gear_jax.evals.sims"
 _LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+_PLUS = {f"libero_plus_{suite[len('libero_') :]}": {"suite": suite} for suite in _LIBERO[:4]}
 
 # our own names -> module, class and options; nothing else can be started
 SIMULATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "point": (f"{_SIMS}.point", "PointSimulator", {}),
     "tabletop": (f"{_SIMS}.tabletop", "TabletopSimulator", {}),
     **{suite: (f"{_SIMS}.libero", "LiberoSimulator", {"suite": suite}) for suite in _LIBERO},
+    **{name: (f"{_SIMS}.libero_plus", "LiberoPlusSimulator", one) for name, one in _PLUS.items()},
     "robotwin": (f"{_SIMS}.robotwin", "RobotwinSimulator", {}),
 }
 
@@ -113,7 +116,13 @@ class Server:
         seconds = {"physics": moved - begun, "render": time.perf_counter() - moved}
         return {"done": done, "steps": steps, "observation": seen, "seconds": seconds}
 
-    _OPS = {"hello": _hello, "reset": _reset, "run": _run}  # noqa: RUF012
+    def _audit(self):
+        audit = getattr(self.simulator, "audit", None)
+        if audit is None:
+            raise ValueError("the simulator has no audit: whatever it lists, it can run")
+        return audit()
+
+    _OPS = {"hello": _hello, "reset": _reset, "run": _run, "audit": _audit}  # noqa: RUF012
 
 
 def main(argv=None):

@@ -53,6 +53,8 @@ class LiberoSimulator:
     """A Simulator of one suite; its environment is made at the first `reset` of a task."""
 
     rate_hz = RATE_HZ
+    package = "libero.libero"
+    needs = "LIBERO needs: pip install 'gear_jax[libero]'"
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class LiberoSimulator:
             raise ValueError(f"LIBERO's image_size is {image_size}: expected 8 or more pixels")
         self.suite, self.image_size, self.quality = suite, image_size, quality
         self.seed, self.servo = seed, servo or OscServo()
-        self._libero = _import_libero()
+        self._libero = self._import()
         with _off_stdout():
             self._suite = self._libero["benchmark"].get_benchmark(suite)()
         self._tasks = {one.name: one for one in self._suite.tasks}
@@ -110,7 +112,7 @@ class LiberoSimulator:
         return {
             "simulator": "libero",
             "suite": self.suite,
-            "distribution": _distribution(),
+            "distribution": _distribution(self.package.split(".")[0]),
             "mujoco": version("mujoco"),
             "robosuite": version("robosuite"),
             "renderer": os.environ.get("MUJOCO_GL", ""),
@@ -142,7 +144,7 @@ class LiberoSimulator:
             if task != self._task:
                 self._make(task)
             self._place_fixtures(init)
-            self._obs = self._env.set_init_state(states[init])
+            self._obs = self._start(states[init])
             for _ in range(SETTLE_STEPS):
                 self.act(SETTLE)
 
@@ -230,6 +232,13 @@ class LiberoSimulator:
                 self._inits[task] = np.asarray(self._suite.get_task_init_states(number))
         return self._inits[task]
 
+    def _start(self, state: np.ndarray) -> Any:
+        """Put everything where an initial state has it; what is observed then."""
+        return self._env.set_init_state(state)
+
+    def _import(self) -> dict[str, Any]:
+        return _import_libero(self.package, self.needs)
+
     def _make(self, task: str) -> None:
         self.close()
         one = self._tasks[task]
@@ -284,18 +293,18 @@ class LiberoSimulator:
         return renderer
 
 
-def _import_libero() -> dict[str, Any]:
+def _import_libero(package: str, needs: str) -> dict[str, Any]:
     """The shared import API; the benchmark writes no file into the user's home."""
     choose_backend()
     if "LIBERO_CONFIG_PATH" not in os.environ:
         os.environ["LIBERO_CONFIG_PATH"] = tempfile.mkdtemp(prefix="libero-")
     try:
         with _off_stdout():
-            libero = importlib.import_module("libero.libero")
-            benchmark = importlib.import_module("libero.libero.benchmark")
-            envs = importlib.import_module("libero.libero.envs.env_wrapper")
+            libero = importlib.import_module(package)
+            benchmark = importlib.import_module(f"{package}.benchmark")
+            envs = importlib.import_module(f"{package}.envs.env_wrapper")
     except ImportError as error:
-        raise ImportError(f"LIBERO needs: pip install 'gear_jax[libero]' ({error})") from error
+        raise ImportError(f"{needs} ({error})") from error
     return {
         "benchmark": benchmark,
         "get_libero_path": libero.get_libero_path,
@@ -303,9 +312,9 @@ def _import_libero() -> dict[str, Any]:
     }
 
 
-def _distribution() -> str:
-    """Name and version of the installed package that holds `libero`."""
-    names = importlib.metadata.packages_distributions().get("libero", ["unknown"])
+def _distribution(module: str) -> str:
+    """Name and version of the installed package that holds a module."""
+    names = importlib.metadata.packages_distributions().get(module, ["unknown"])
     return " ".join(
         [names[0], *(importlib.metadata.version(n) for n in names[:1] if n != "unknown")]
     )
