@@ -4,6 +4,8 @@ r"""Success rates of a policy in a simulator; killed at any moment, the same com
         --workers 2 --out runs/eval/x --video failures
     python -m launch.eval compare runs/eval/x runs/eval/y  # paired by episode: McNemar's exact test
     python -m launch.eval page runs/eval/x                 # page.html, to look at
+    python -m launch.eval audit --sim libero_plus_spatial  # which tasks have the files they need
+    python -m launch.eval axes runs/eval/plus_spatial ...  # LIBERO-Plus by axis, several suites
 
 --policy is the folder of a run, or a floor: hold, noise, replay:ROW:FOLDER:WORK. Several hosts
 share --out and run the same command, found as in launch.train, or told apart by --host 0 --hosts 8,
@@ -20,7 +22,7 @@ import time
 import traceback
 
 from gear_jax.data.tfrecord import DataError
-from gear_jax.evals import ledger, policies, remote, runner, statistics
+from gear_jax.evals import ledger, libero_plus_scores, policies, remote, runner, statistics
 from gear_jax.evals.videos import WHICH, Keeper
 from gear_jax.evals.worker import SIMULATORS
 
@@ -28,13 +30,14 @@ DONE, DATA, INTERNAL = 0, 4, 70
 
 
 def main(argv=None):
-    """Evaluate, compare or draw; returns the exit code."""
+    """Evaluate, or one of the other commands; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv[:1] == ["compare"]:
             return _compare(argv[1:])
-        if argv[:1] == ["page"]:
-            return _page(argv[1:])
+        for name, command in {"page": _page, "audit": _audit, "axes": _axes}.items():
+            if argv[:1] == [name]:
+                return command(argv[1:])
         return _evaluate(_arguments(argv))
     except (DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -141,6 +144,8 @@ def _report(args, episodes, ran, seconds, wall, counts):
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "out": str(args.out),
     }
+    if libero_plus_scores.of(rows):
+        said["libero_plus"] = libero_plus_scores.by_axis(rows)["says"]
     print(json.dumps(said))
     return DONE
 
@@ -177,6 +182,43 @@ def _page(argv):
         raise DataError(f"pages need: pip install 'gear_jax[report]' ({error})") from error
     eval_page.write(args.folder, args.folder / "page.html")
     print(json.dumps({"ok": True, "page": str(args.folder / "page.html")}))
+    return DONE
+
+
+def _audit(argv):
+    parser = _parser(" audit", "Which tasks have the files they need; nothing is run.")
+    parser.add_argument("--sim", required=True, nargs="+", choices=sorted(SIMULATORS))
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON, for the simulator")
+    parser.add_argument("--worker-python", default=sys.executable, help="of the simulator's venv")
+    args = parser.parse_args(argv)
+    said = {"ok": True, "tasks": 0, "available": 0, "suites": []}
+    for name in args.sim:
+        worker = remote.WorkerConfig(name, args.options, args.worker_python)
+        with contextlib.closing(remote.RemoteSimulator(worker)) as simulator:
+            try:
+                found = simulator.call("audit")
+            except remote.WorkerGoneError as error:
+                raise remote.WorkerError(str(error)) from error
+        said["suites"].append(found)
+        for axis, one in found["axes"].items():
+            print(f"{found['suite']:20} {axis:12} {one['available']:5} of {one['tasks']:5} tasks")
+            for key in one:
+                said[key] += one[key]
+        for folder, tasks in found["missing"].items():
+            print(f"{found['suite']:20} {tasks} tasks lack files of {folder}")
+    print(f"{said['available']} of {said['tasks']} tasks have what they need")
+    print(json.dumps(said))
+    return DONE
+
+
+def _axes(argv):
+    parser = _parser(" axes", "LIBERO-Plus by axis, from the folders of one policy.")
+    parser.add_argument("folders", type=pathlib.Path, nargs="+")
+    args = parser.parse_args(argv)
+    rows = ledger.merge(args.folders, libero_plus_scores.MAY_DIFFER)
+    found = libero_plus_scores.by_axis(rows)
+    print(libero_plus_scores.table(found))
+    print(json.dumps({"ok": True, **found}))
     return DONE
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gear_jax.evals import statistics
@@ -134,6 +134,36 @@ def compare(first, second) -> dict[str, Any]:
             + _differences(there["protocol"], here["protocol"], "in the first", "in the second")
         )
     return statistics.compare(read(first)[0], read(second)[0])
+
+
+def merge(directories, may_differ: Collection[str] = ()) -> dict[Episode, dict[str, Any]]:
+    """Rows of several folders of one policy, such as one of each suite.
+
+    Args:
+        directories: of the evaluations.
+        may_differ: keys of what the simulator says of itself; name, options and tasks may anyway.
+
+    Raises:
+        ValueError: two policies, other protocols, or an episode that ended in two ways.
+    """
+    rows: dict[Episode, dict[str, Any]] = {}
+    first: tuple[Any, dict, dict] | None = None
+    for directory in directories:
+        record = open_record(directory)
+        about = dict(record["protocol"])
+        simulator = about.pop("simulator")["is"]
+        about.pop("tasks")
+        about["simulator"] = {key: one for key, one in simulator.items() if key not in may_differ}
+        first = first or (directory, record["policy"], about)
+        for there, here in zip(first[1:], (record["policy"], about), strict=True):
+            if there != here:
+                raise ValueError(
+                    f"{first[0]} and {directory} cannot be put together: "
+                    + _differences(there, here, "in the first", "in the second")
+                )
+        for row in read(directory)[0].values():
+            _put(rows, {**row, "protocol": "", "policy": ""}, directory)
+    return rows
 
 
 def open_record(directory) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from scipy import stats
 
+from gear_jax.evals import libero_plus_scores
 from gear_jax.evals.episodes import Episode
 
 _Z = 1.959963984540054  # of a two-sided 95 % interval
@@ -57,12 +58,14 @@ def summarize(rows: Mapping[Episode, Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         {"total": count, "suites": {suite: count}, "tasks": {suite: {task: count}}}; `count` is
-        {success, episodes, rate, low, high}; the last two are Wilson's 95 %.
+        {success, episodes, rate, low, high}; the last two are Wilson's 95 %. For LIBERO-Plus
+        also "libero_plus", `libero_plus_scores.by_axis`.
     """
     by_task: dict[str, dict[str, list[bool]]] = {}
     for episode, row in sorted(rows.items()):
         by_task.setdefault(episode.suite, {}).setdefault(episode.task, []).append(row["success"])
-    return {
+    plus = {"libero_plus": libero_plus_scores.by_axis(rows)} if libero_plus_scores.of(rows) else {}
+    return plus | {
         "total": count(row["success"] for row in rows.values()),
         "suites": {
             suite: count(one for outcomes in tasks.values() for one in outcomes)

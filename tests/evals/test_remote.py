@@ -73,8 +73,10 @@ def test_errors_come_back_as_one_sentence_with_the_workers_name(start):
         there.call("reset", task="x", init=0)
     with pytest.raises(WorkerError, match="run: 'left_foot' \\[KeyError\\]|run: 'right'"):
         there.call("run", targets=[{"left_foot": (np.eye(4), 0.0)}], observe=False)
-    with pytest.raises(ValueError, match="expected one of \\['hello', 'reset', 'run'\\]"):
+    with pytest.raises(ValueError, match="one of \\['hello', 'reset', 'run', 'audit'\\]"):
         there.call("eval", code="1")
+    with pytest.raises(ValueError, match="audit: the simulator has no audit"):
+        there.call("audit")
     assert there.call("hello")["rate_hz"] == 20.0  # it is still there
     wrong = start(WorkerConfig("point", {"speed": 3}))
     with pytest.raises(ValueError, match="simulator 'point' with options .*speed"):
