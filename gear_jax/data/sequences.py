@@ -79,8 +79,8 @@ class SequenceConfig:
             "none" leaves the block out.
         with_fast: False leaves the FAST block out.
         prompt_tokens: learned embeddings of the robot, behind the instruction.
-        prompt_only: end where a policy goes on: with the token that opens the latent block, or
-            with the learned embeddings.
+        prompt_only: end where a policy goes on: with the token that opens the latent block, with
+            the learned embeddings, or behind a question.
     """
 
     length: int = 1280
@@ -129,6 +129,11 @@ class RowMaker:
             for row, ids in zip(np.flatnonzero(moving), encoded, strict=True):
                 fast[row] = ids
         return {**batch, **token_rows(batch, self.tokenizer, self.config, fast)}
+
+
+def ref_tokens(config: SequenceConfig) -> int:
+    """Tokens that the place of a marked first view takes of a row."""
+    return math.prod(config.view_grid) + 3
 
 
 def question_tokens(tokenizer: Tokenizer) -> int:
@@ -317,6 +322,8 @@ def _asked(question, segment, tokenizer, ids, config):
     for text in (question.prompt, question.answer):
         tokenizer.check_user_text(text)
     row.add([*tokenizer.encode(question.prompt), *tokenizer.encode(_TURN)], segment=segment)
+    if config.prompt_only:
+        return row.finish()
     row.add([*tokenizer.encode(question.answer), ids.end], label=True, segment=segment)
     return row.finish()
 

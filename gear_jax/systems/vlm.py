@@ -135,7 +135,15 @@ def logits(params, hidden):
 
 
 def generate(
-    params, cfg, batch, inserts=None, *, max_new_tokens, stop_tokens=(), keep_logits=False
+    params,
+    cfg,
+    batch,
+    inserts=None,
+    *,
+    max_new_tokens,
+    stop_tokens=(),
+    vocab_used=None,
+    keep_logits=False,
 ):
     """Greedy continuation of a batch of prompts, padded on either side.
 
@@ -146,6 +154,7 @@ def generate(
         inserts: as in `forward`.
         max_new_tokens: N.
         stop_tokens: a row that emits one of them is over; what follows is the first of them.
+        vocab_used: rows of the vocabulary that are tokens; later ones are never said.
         keep_logits: also return the logits of every step.
 
     Returns:
@@ -187,6 +196,7 @@ def generate(
         )
 
     def emit(index, scores, done, cache, cache_segments, tokens, kept):
+        scores = scores if vocab_used is None else scores[:, :vocab_used]
         token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
         if stop_tokens:
             token = jnp.where(done, stops[0, 0], token)
@@ -196,7 +206,7 @@ def generate(
             kept = jax.lax.dynamic_update_slice_in_dim(kept, scores[:, None], index, 1)
         return index, token, done, cache, cache_segments, tokens, kept
 
-    kept = jnp.zeros((rows, max_new_tokens, first.shape[-1])) if keep_logits else None
+    kept = jnp.zeros((rows, max_new_tokens, vocab_used or first.shape[-1])) if keep_logits else None
     fill = stop_tokens[0] if stop_tokens else 0
     tokens = jnp.full((rows, max_new_tokens), fill, jnp.int32)
     start = emit(0, first, jnp.zeros(rows, bool), cache, cache_segments, tokens, kept)

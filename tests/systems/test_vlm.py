@@ -148,7 +148,9 @@ def test_generation_is_the_argmax_of_the_whole_sequence_whatever_the_padding(par
     tokens = np.zeros((2, 5), np.int32)
     tokens[valid] = prompts[0] + prompts[1]
     generate = jax.jit(
-        vlm.generate, static_argnums=1, static_argnames=("max_new_tokens", "stop_tokens")
+        vlm.generate,
+        static_argnums=1,
+        static_argnames=("max_new_tokens", "stop_tokens", "vocab_used"),
     )
     ours, _ = generate(params, plain, _text(tokens, valid), max_new_tokens=new)
     assert ours.tolist() == expected
@@ -157,6 +159,9 @@ def test_generation_is_the_argmax_of_the_whole_sequence_whatever_the_padding(par
         params, plain, _text(tokens, valid), max_new_tokens=new, stop_tokens=(stop, 1)
     )
     assert stopped[0].tolist() == [expected[0][0], stop, stop, stop]
+    used = max(map(max, expected))  # the greatest of them is no token
+    kept, _ = generate(params, plain, _text(tokens, valid), max_new_tokens=new, vocab_used=used)
+    assert int(kept.max()) < used
 
 
 def _text(tokens, valid):
