@@ -1,11 +1,13 @@
 """A trained run as a policy: Observation -> action chunk, through the transforms of its training.
 
     images, instruction, state -> rows that a policy goes on from -> gear.act -> units of ActionSpec
+    images, question -> rows that an answer goes on from -> vlm.generate -> text
 
 Everything comes from the run's folder: config.json, normalizer.json, and the newest whole
 checkpoint, of the averaged parameters where there are some. Source: GEAR-VLA 3.4, systems.md 2.6.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -14,23 +16,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from gear_jax.data import images as images_lib
 from gear_jax.data.embodiments import embodiment_id
 from gear_jax.data.normalizer import Normalizer
-from gear_jax.data.sequences import SequenceConfig, token_rows
+from gear_jax.data.sequences import Question, SequenceConfig, ref_tokens, token_rows
 from gear_jax.data.tfrecord import DataError
+from gear_jax.data.windows import empty_state
 from gear_jax.evals.episodes import Answer, Query, noise_seed
-from gear_jax.systems import gear
+from gear_jax.systems import gear, vlm
 from gear_jax.tokenizers.text import TextTokenizer
 from gear_jax.train import checkpoint, lora, sharding
 from gear_jax.train.gear import make_model
+from gear_jax.train.gear_batch import nested
 from gear_jax.train.gear_data import open_tokenizer
 from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints
-from gear_jax.types import VIEWS, Observation, State
+from gear_jax.types import VIEWS, Image, Observation, State
 
 _STATE = ("ee", "ee_mask", "joints", "joint_mask", "arm_mask")
 _ROWS = ("tokens", "segments", "groups", "acts", "insert_index", "positions", "latent_index",
@@ -41,7 +44,8 @@ class GearPolicy:
     """A `ChunkPolicy`: GEAR-VLA on this host's devices.
 
     An answer depends on its query, the seed and `batch_size` alone: a call is cut into batches of
-    that size, the last one filled up.
+    that size, the last one filled up; queries with a marked first view have batches of their own,
+    because its place in a row moves all that follows.
     """
 
     def __init__(
@@ -77,8 +81,7 @@ class GearPolicy:
         Raises:
             ValueError: the run has no action expert.
         """
-        if cfg.expert is None:
-            raise ValueError("the run has no action expert: expected one of stage policy or adapt")
+        _check_expert(cfg)
         self.spec, self.cfg, self.params = normalizer.spec, cfg, params
         self.normalizer, self.tokenizer, self.sequence = normalizer, tokenizer, sequence
         self.image_size, self.fit, self.mesh = image_size, fit, mesh
@@ -86,6 +89,8 @@ class GearPolicy:
         self._identity = dict(identity)
         self._rows = sharding.batch_sharding(mesh)
         self._act = jax.jit(functools.partial(_act, cfg))
+        end = (tokenizer.id("<|im_end|>"),)
+        self._say = jax.jit(functools.partial(_say, cfg, end), static_argnames="max_new_tokens")
 
     def identity(self) -> Mapping[str, Any]:
         """What this policy is: digests of checkpoint, statistics and spec, and how it is asked."""
@@ -98,16 +103,55 @@ class GearPolicy:
             ValueError: an observation of a robot or text that the run cannot take.
         """
         shape = (self.spec.chunk_len, self.spec.action_dim)
-        answers = []
-        for first in range(0, len(queries), self.batch_size):
-            some = list(queries[first : first + self.batch_size])
-            noise = [
-                np.random.default_rng(noise_seed(query, self.seed)).standard_normal(shape)
-                for query in some
-            ]
-            chunks, ids = self.chunks([query.observation for query in some], np.stack(noise))
-            answers += [Answer(chunk, said) for chunk, said in zip(chunks, ids, strict=True)]
-        return answers
+        answers: dict[int, Answer] = {}
+        marked = [query.observation.ref_image is not None for query in queries]
+        for kind in (False, True):
+            which = [place for place, one in enumerate(marked) if one == kind]
+            for first in range(0, len(which), self.batch_size):
+                places = which[first : first + self.batch_size]
+                some = [queries[place] for place in places]
+                noise = [
+                    np.random.default_rng(noise_seed(query, self.seed)).standard_normal(shape)
+                    for query in some
+                ]
+                made = self.chunks([query.observation for query in some], np.stack(noise))
+                for place, chunk, said in zip(places, *made, strict=True):
+                    answers[place] = Answer(chunk, said)
+        return [answers[place] for place in range(len(queries))]
+
+    def ask(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Sequence[Image]],
+        *,
+        max_new_tokens: int = 128,
+    ) -> list[str]:
+        """What the VLM says to vision-language questions, greedily.
+
+        Args:
+            prompts: n of them, as in `vision_language.TYPES`.
+            images: of each question, one to three, in their order.
+            max_new_tokens: longest answer; what is longer ends there.
+
+        Returns:
+            n answers; `vision_language.parse_answer` reads them.
+
+        Raises:
+            ValueError: too many images, or text that cannot be asked.
+        """
+        said = []
+        for first in range(0, len(prompts), self.batch_size):
+            some = slice(first, first + self.batch_size)
+            texts, pictures = list(prompts[some]), list(images[some])
+            count = len(texts)
+            fill = self.batch_size - count
+            flat = self.questions(texts + texts[-1:] * fill, pictures + pictures[-1:] * fill)
+            with jax.set_mesh(self.mesh):
+                placed = {key: jax.device_put(value, self._rows) for key, value in flat.items()}
+                tokens = self._say(self.params, placed, max_new_tokens=max_new_tokens)
+            tokens = jax.device_get(tokens)[:count].tolist()
+            said += [self.tokenizer.decode(row, skip_special=True) for row in tokens]
+        return said
 
     def chunks(self, observations: Sequence[Observation], noise: np.ndarray):
         """Chunks float32[n, A, a] in the units of `spec`, and latent ids int32[n, M].
@@ -126,10 +170,12 @@ class GearPolicy:
         return self.normalizer.denormalize_action(chunks[:count]), ids[:count]
 
     def batch(self, observations: Sequence[Observation]) -> dict[str, np.ndarray]:
-        """What the model reads: flat, every array with its leading axis over rows."""
-        rows, size = len(observations), self.image_size
-        images = np.zeros((rows, len(VIEWS), size, size, 3), np.uint8)
-        mask = np.zeros((rows, len(VIEWS)), bool)
+        """What the model reads: flat, every array with its leading axis over rows.
+
+        Where one of them has a marked first view, all rows have its place, so they are longer.
+        """
+        rows = len(observations)
+        images, mask = self._no_images(rows)
         for row, one in enumerate(observations):
             if unknown := set(one.images) - set(VIEWS):
                 raise ValueError(f"views {sorted(unknown)}: expected some of {VIEWS}")
@@ -142,15 +188,61 @@ class GearPolicy:
             key: np.stack([cast(dict[str, np.ndarray], one.state)[key] for one in observations])
             for key in State.__annotations__
         }
-        state = dict(self.normalizer.normalize_state(cast(State, state), robots))
+        marked = np.array([one.ref_image is not None for one in observations])
+        refs = np.zeros((rows, *images.shape[2:]), np.uint8)
+        for row, one in enumerate(observations):
+            if one.ref_image is not None:
+                images_lib.fit_into(refs[row], one.ref_image, self.fit)
         told = {
             "instruction": [one.instruction for one in observations],
             "questions": [[] for _ in observations],
             "view_mask": mask,
-            "state": state,
+            "state": cast(State, state),
+            "embodiment_id": robots,
         }
-        made = token_rows(told, self.tokenizer, self.sequence, [None] * rows)
-        flat = {key: made[key] for key in _ROWS} | {"images": images, "embodiment_id": robots}
+        if not marked.any():
+            return self._flat(told, images, self.sequence)
+        longer = self.sequence.length + ref_tokens(self.sequence)
+        sequence = dataclasses.replace(self.sequence, length=longer)
+        return self._flat(told | {"ref_mask": marked}, images, sequence) | {"ref_image": refs}
+
+    def questions(
+        self, prompts: Sequence[str], images: Sequence[Sequence[Image]]
+    ) -> dict[str, np.ndarray]:
+        """What the model reads of questions about images, one a row; as `batch`."""
+        rows = len(prompts)
+        slots, mask = self._no_images(rows)
+        for row, pictures in enumerate(images):
+            if not 1 <= len(pictures) <= len(VIEWS):
+                raise ValueError(f"{len(pictures)} images: expected one to {len(VIEWS)}")
+            for place, picture in enumerate(pictures):
+                images_lib.fit_into(slots[row, place], picture, self.fit)
+            mask[row, : len(pictures)] = True
+        asked = [
+            [Question(prompt, "", tuple(range(len(pictures))))]
+            for prompt, pictures in zip(prompts, images, strict=True)
+        ]
+        told = {
+            "instruction": [""] * rows,
+            "questions": asked,
+            "view_mask": mask,
+            "state": empty_state((rows,)),
+            "embodiment_id": np.zeros(rows, np.int32),
+        }
+        return self._flat(told, slots, self.sequence)
+
+    def _no_images(self, rows):
+        """Black images of a batch, and that none of them is there."""
+        size = self.image_size
+        shape = (rows, len(VIEWS), size, size, 3)
+        return np.zeros(shape, np.uint8), np.zeros(shape[:2], bool)
+
+    def _flat(self, told, images, sequence):
+        """The batch of `token_rows`, with states of physical units normalised, on its way."""
+        state = dict(self.normalizer.normalize_state(told["state"], told["embodiment_id"]))
+        made = token_rows(told | {"state": state}, self.tokenizer, sequence, [None] * len(images))
+        flat = {key: made[key] for key in _ROWS}
+        flat |= {"images": images, "embodiment_id": told["embodiment_id"]}
         flat["positions"] = np.moveaxis(flat["positions"], 0, 1)
         return flat | {f"state/{key}": state[key] for key in _STATE}
 
@@ -165,10 +257,22 @@ class GearPolicy:
 
 
 def _act(cfg, params, flat):
-    batch = {key: value for key, value in flat.items() if not key.startswith("state/")}
-    batch["state"] = {key: flat[f"state/{key}"] for key in _STATE}
-    batch["positions"] = jnp.moveaxis(batch["positions"], 1, 0)
+    batch = nested(flat)
     return gear.act(params, cfg, batch, batch.pop("noise"))
+
+
+def _say(cfg, end, params, flat, *, max_new_tokens):
+    batch = nested(flat)
+    inserts = gear.encode(params, cfg, batch)
+    return vlm.generate(
+        params, cfg.vlm, batch, inserts, max_new_tokens=max_new_tokens, stop_tokens=end,
+        vocab_used=cfg.vocab_used,
+    )[0]  # fmt: skip
+
+
+def _check_expert(cfg):
+    if cfg.expert is None:
+        raise ValueError("the run has no action expert: expected one of stage policy or adapt")
 
 
 def open_policy(
@@ -196,6 +300,7 @@ def open_policy(
         _text(workdir / "normalizer.json"), str(workdir / "normalizer.json")
     )
     model = make_model(config)
+    _check_expert(model.cfg)
     sizes = mesh or {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}
     devices = sharding.make_mesh(sizes, jax.local_devices())
     shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
