@@ -6,8 +6,8 @@ its own evaluation does without saying so, and is kept unless an option says oth
 * The instruction of every task but those of axis `language` ends with the perturbation's numbers,
   such as "... on the plate view 344 0 100 0 0 initstate 0"; `prompt="clean"` leaves them out.
 * On axis `robot` the initial state puts the arm back where it always is. What perturbs is the
-  controller's goal, set before that: in the ten steps of settling it pulls the arm away, part of
-  the way. `robot="perturbed"` begins with the joints that the task asks for.
+  controller's goal, set before that: in the ten steps of settling it pulls the hand there, with
+  other joints than the task's. `robot="perturbed"` begins with the joints that the task asks for.
 * Noise is on the head's picture alone, in its bottom-up order, and is made for 256 pixels. The
   benchmark draws it unseeded; here it is a function of (seed, task, control step).
 
@@ -18,7 +18,6 @@ another task's description where it cannot read a task's own: here that is a fau
 import contextlib
 import functools
 import importlib
-import importlib.util
 import os
 import pickle
 import sys
@@ -29,6 +28,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -356,7 +356,7 @@ def _own_folder():
 @contextlib.contextmanager
 def _without_torch():
     """Where torch is not installed, a module of that name for the one thing it is used for."""
-    if "torch" in sys.modules or importlib.util.find_spec("torch"):
+    if "torch" in sys.modules or find_spec("torch"):
         yield
         return
     module: Any = types.ModuleType("torch")
