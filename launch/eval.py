@@ -235,7 +235,8 @@ def _chosen(tasks, names):
 
 def _join(args):
     """Become one of several processes, where there are several and jax counts them."""
-    if args.hosts > 1 or (args.policy in policies.POLICIES and args.coordinator is None):
+    run = args.policy.startswith("replay:") or pathlib.Path(args.policy).is_dir()
+    if args.hosts > 1 or (not run and args.coordinator is None):  # a floor, or to be refused
         return False
     from gear_jax.train import hosts
 

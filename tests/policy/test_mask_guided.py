@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import cv2
 import numpy as np
 import pytest
 
@@ -83,14 +84,28 @@ def _scene(size=160):
     return image, disc, tuple(int(x) for x in box)
 
 
-def test_grabcut_finds_a_painted_disc_and_always_the_same():
+def test_grabcut_finds_a_painted_disc():
     image, disc, box = _scene()
     found = GrabCut()(image, box)
     overlap = (found & disc).sum() / (found | disc).sum()
     assert overlap > 0.8
     square = Rectangle()(image, box)
     assert (square & disc).sum() / (square | disc).sum() < 0.7
-    np.testing.assert_array_equal(found, GrabCut()(image, box))
+
+
+def test_a_mask_is_a_function_of_image_and_box():
+    rng = np.random.default_rng(3)  # an image whose colour models depend on where they begin
+    ground = cv2.resize(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), (80, 80),
+                        interpolation=cv2.INTER_CUBIC)  # fmt: skip
+    noise = rng.normal(0, 25, (80, 80, 3))
+    y, x = np.mgrid[:80, :80]
+    disc = np.hypot(x - 40, y - 40)[..., None] < 14
+    image = np.clip(0.6 * ground + 60 * disc + noise, 0, 255).astype(np.uint8)
+    made = []
+    for seed in range(6):
+        cv2.setRNGSeed(seed)
+        made.append(GrabCut(rounds=1)(image, (20, 20, 60, 60)).tobytes())
+    assert len(set(made)) == 1
 
 
 def test_a_box_without_anything_to_tell_apart_is_the_mask_itself():
@@ -158,6 +173,17 @@ def test_the_first_view_is_marked_once_and_kept(policy, query, say):
     word = instruction.removeprefix("reach the ")
     assert said.prompts == [f"Locate every {word} in the image. Answer with boxes in JSON."]
     assert guided.counts() == {"episodes": 1, "unmarked": 0}
+
+
+def test_a_box_is_read_in_the_pixels_that_the_model_saw(policy, query, say):
+    say({"Locate every": BOX})
+    asked = query(0, 0).observation
+    wide = np.ascontiguousarray(asked.images["head"][:28])  # in its slot it begins at row 14
+    one = dataclasses.replace(asked, images={"head": wide})
+    mark = MaskGuidedPolicy(policy, Rectangle()).mark([one])[0]
+    mask = np.zeros((28, 56), bool)
+    mask[0:26, 10:30] = True
+    np.testing.assert_array_equal(mark.image, overlay(wide, mask, mark.colour))
 
 
 def test_an_episode_is_answered_alike_whoever_shares_its_batch(policy, query, say):
