@@ -229,7 +229,10 @@ def _chosen(tasks, names):
     wanted = names.split(",")
     unknown = [name for name in wanted if name not in by_name]
     if unknown or len(set(wanted)) < len(wanted):
-        raise ValueError(f"--tasks {names}: expected all, or some of {sorted(by_name)}, once each")
+        more = f" and {len(by_name) - 20} more" if len(by_name) > 20 else ""
+        raise ValueError(
+            f"--tasks {names}: expected all, or some of {sorted(by_name)[:20]}{more}, once each"
+        )
     return [task for task in tasks if task.name in wanted]
 
 

@@ -53,6 +53,11 @@ def write(folder: pathlib.Path, target: pathlib.Path) -> None:
         "protocol digest": record["digests"]["protocol"][:16],
         "policy digest": record["digests"]["policy"][:16],
     }
+    if "libero_plus" in found:
+        facts |= {"LIBERO-Plus": found["libero_plus"]["says"]} | {
+            f"axis {axis}": f"{one['success']}/{one['episodes']}, of {one['tasks']} tasks"
+            for axis, one in found["libero_plus"]["axes"].items()
+        }
     parts = [html_parts.table(facts), "<h2>Success by task</h2>", *_success(found)]
     parts += ["<h2>Steps of the episodes</h2>", *_steps(rows, protocol)]
     parts += [*_timings(folder), *_kept(folder, protocol)]

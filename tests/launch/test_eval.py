@@ -12,6 +12,8 @@ import time
 import pytest
 
 from gear_jax.evals import ledger
+from gear_jax.evals.episodes import Episode
+from gear_jax.evals.sims.base import Task
 from launch import eval as door
 
 POINT = ("--policy", "noise", "--sim", "point", "--inits", "0:8")
@@ -68,6 +70,42 @@ def test_what_cannot_be_used_is_one_sentence_and_exit_code_4(tmp_path, capsys, m
     assert (code, said) == (4, None)
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_an_unknown_task_among_thousands_is_one_short_sentence():
+    tasks = [Task("s", f"task_{number:04}", "go", 1, 9) for number in range(2400)]
+    with pytest.raises(ValueError, match=r"'task_0019'\] and 2380 more, once each$") as caught:
+        door._chosen(tasks, "task_0001,nonsense")
+    assert len(str(caught.value)) < 400
+    assert door._chosen(tasks, "task_0007,task_0003") == [tasks[3], tasks[7]]
+
+
+def test_an_audit_is_refused_where_a_simulator_has_none(capsys):
+    assert door.main(["audit", "--sim", "point"]) == 4
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: worker 0 (point), audit: the simulator has no audit")
+
+
+def test_libero_plus_is_added_up_over_folders_and_other_folders_are_refused(tmp_path, capsys):
+    for suite, won in (("libero_plus_goal", True), ("libero_plus_10", False)):
+        simulator = {"name": suite, "options": {}, "is": {"suite": suite}}
+        protocol = {"tasks": {suite: {}}, "simulator": simulator}
+        book = ledger.Ledger(tmp_path / suite, protocol, {"name": "a"})
+        for number in range(3):
+            one = Episode(suite, f"open_it_light_{number}", 0)
+            book.add(one, success=won, steps=1, queries=1)
+        book.close()
+    folders = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert door.main(["axes", *folders]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines[3].split() == ["light", "3/6", "50.0", "%", "of", "1142", "tasks"]
+    assert lines[-1].startswith("3 successes in 6 of 10030 tasks, incomplete: camera, robot, ")
+    found = json.loads(last)
+    assert (found["ok"], found["complete"], found["weighted_total"]) == (True, False, None)
+    run(capsys, tmp_path / "point")
+    assert door.main(["axes", str(tmp_path / "point")]) == 4
+    assert "is no episode of LIBERO-Plus" in capsys.readouterr().err
 
 
 def test_two_policies_are_compared_by_episode(tmp_path, capsys):

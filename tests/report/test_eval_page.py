@@ -17,17 +17,17 @@ from gear_jax.report import eval_page
 from gear_jax.types import Observation
 
 
-def evaluation(folder, outcomes, *, videos=0):
+def evaluation(folder, outcomes, *, videos=0, suite="s"):
     """A ledger of {task: string of 0 and 1}, and videos of the first failures."""
     protocol = {
         "simulator": {"name": "toy <b>"}, "rate_hz": 20.0, "steps_per_query": 7, "inits": [0, 4],
-        "tasks": {"s": {task: {"max_steps": 30} for task in outcomes}},
+        "tasks": {suite: {task: {"max_steps": 30} for task in outcomes}},
     }  # fmt: skip
     keeper, policy = Keeper(folder / "videos", "failures", videos), HoldPolicy()
     with contextlib.closing(Ledger(folder, protocol, {"name": "x & y"})) as book:
         for task, flags in outcomes.items():
             for init, flag in enumerate(flags):
-                one = Episode("s", task, init)
+                one = Episode(suite, task, init)
                 book.add(one, success=flag == "1", steps=9, queries=2)
                 book.add_timing(one, {"physics": 1.0, "render": 0.5, "policy": 0.25, "wall": 2.0})
                 keeper.keep(one, flag == "1", [seen(keeper, policy, one, n) for n in (0, 1)])
@@ -78,6 +78,16 @@ def test_a_page_can_be_made_before_anything_succeeded_and_of_many_tasks(tmp_path
     assert "No videos were kept" in text
     assert text.count("0/61 = 0.0 %") == 3  # in total and, since tasks are many, by suite
     assert "0/1 = " not in text
+
+
+def test_a_part_of_libero_plus_stands_there_by_axis_and_without_a_score(tmp_path):
+    outcomes = {"go_light_1": "1", "go_light_2": "0", "go_table_1": "1"}
+    text = page(evaluation(tmp_path, outcomes, suite="libero_plus_goal"))
+    plain = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text)))
+    assert "axis light 1/2, of 1142 tasks" in plain
+    assert "axis camera 0/0, of 1599 tasks" in plain
+    assert "2 successes in 3 of 10030 tasks, incomplete: camera" in plain
+    assert "average" not in plain
 
 
 def test_a_folder_without_episodes_is_refused(tmp_path):

@@ -6,8 +6,8 @@ its own evaluation does without saying so, and is kept unless an option says oth
 * The instruction of every task but those of axis `language` ends with the perturbation's numbers,
   such as "... on the plate view 344 0 100 0 0 initstate 0"; `prompt="clean"` leaves them out.
 * On axis `robot` the initial state puts the arm back where it always is. What perturbs is the
-  controller's goal, set before that: in the ten steps of settling it pulls the hand there, with
-  other joints than the task's. `robot="perturbed"` begins with the joints that the task asks for.
+  controller's goal, set before that: in the ten steps of settling it pulls the arm away, but not
+  to the task's joints. `robot="perturbed"` begins with the joints that the task asks for.
 * Noise is on the head's picture alone, in its bottom-up order, and is made for 256 pixels. The
   benchmark draws it unseeded; here it is a function of (seed, task, control step).
 
