@@ -3,16 +3,17 @@
     make quickstart                                                          # all of it
     python -m launch.train --config configs/quickstart.py:policy --workdir runs/quickstart/policy
 
-Stages, each beginning where the one before ended: "vlm" (a small VLM learns to point; its result
-ships with the project, in the place of the released Qwen2.5-VL), "latents", "pretrain", "policy".
-The towers, losses and loop are those of the full size. A variant of gear_base.py may follow:
-`:policy,wo_latent`.
+Stages, each beginning where the one before ended: "vlm" (small 2D, 3D and language towers learn to
+point; the result ships as configs/quickstart_vlm, in the place of the released Qwen2.5-VL and
+VGGT), "latents", "pretrain", "policy". Towers, losses and loop are those of the full size. A
+variant of gear_base.py may follow: `:policy,wo_latent`.
 """
 
 from configs import gear_base, latents
 
 STAGES = ("vlm", "latents", "pretrain", "policy")
 ROOT = "runs/quickstart"
+VLM = "configs/quickstart_vlm"  # `launch.publish` wrote it
 
 
 def get_config(arg="policy"):
@@ -67,10 +68,7 @@ def _pretrain(config):
     config.data.batch_size = 32
     config.data.sets.tabletop.weight = 0.75
     config.data.pools.points.weight = 0.25
-    config.init.update(
-        run=f"{ROOT}/vlm", fresh=("state/.*", "geometry/.*", "projector/geometry_kernel"),
-        unused=("state/.*",),
-    )  # fmt: skip
+    config.init.update(published=VLM, fresh=("state/.*",))
 
 
 def _policy(config):

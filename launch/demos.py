@@ -4,6 +4,7 @@
     python -m launch.demos --sim libero_object --tasks 3 --inits 0:50 --target data/scripted \
         --image-size 128 --quality fast --noise 0.5 --seed 1
     python -m launch.demos --sim tabletop --tasks 0:4 --inits 1000:1100 --target data --noise 0.7
+    python -m launch.demos questions --target data/questions      # where is which block?
 
 Makes <target>/<sim>_scripted/1.0.0 with LIBERO's field names; read it through row `libero` with the
 option joint_state=used, the tabletop's through row `tabletop`. Only successes are kept. It appears
@@ -62,12 +63,33 @@ NUM_JOINTS = {"tabletop": 4}  # LIBERO's arms have 7
 
 
 def main(argv=None):
-    """Write one demonstration set; returns the exit code."""
+    """Write one demonstration set, or questions; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return _write(_arguments(argv))
+        return _questions(argv[1:]) if argv[:1] == ["questions"] else _write(_arguments(argv))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
+
+
+def _questions(argv):
+    """Pointing records about random scenes of the tabletop."""
+    parser = argparse.ArgumentParser(prog="python -m launch.demos questions")
+    parser.add_argument("--target", type=pathlib.Path, required=True, help="a folder")
+    parser.add_argument("--scenes", type=int, default=8000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.scenes < 1 or args.seed < 0:
+        raise ValueError(f"--scenes {args.scenes}, --seed {args.seed}: expected 1 and 0 or more")
+    from gear_jax.evals.sims.tabletop_data import write_questions
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("scenes", total=args.scenes)
+        write_questions(
+            args.target, args.scenes, seed=args.seed, progress=lambda done: progress.advance(bar)
+        )
+    print(f"{args.scenes} scenes: {args.target}/questions.jsonl")
+    return 0
 
 
 def _arguments(argv):

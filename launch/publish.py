@@ -71,10 +71,12 @@ def publish(run, target, only, dtype):
         "step": restored.step,
         "only": only,
         "dtype": dtype,
-        "config": json.loads(text),
+        "model": json.loads(text)["model"],
     }
     with checkpoint.new_directory(target) as folder:
         checkpoint.save_params(folder, kept)
+        for mark in folder.rglob("commit_success.txt"):  # Orbax writes this machine's path into it
+            mark.write_text("Checkpoint commit was successful")
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
         checkpoint.write_digests(folder)
     return {

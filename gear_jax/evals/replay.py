@@ -17,7 +17,7 @@ from gear_jax.types import ActionSpec, Episode
 
 
 class ReplayPolicy:
-    """Answers query k with the chunk that a demonstration has k replanning intervals from its start.
+    """Answers query k with a demonstration's chunk k replanning intervals after its start.
 
     The demonstration is the first with the query's instruction, or the first of all.
     """

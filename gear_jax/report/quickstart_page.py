@@ -1,0 +1,126 @@
+"""The quickstart's report: success beside its floors, what each step cost, curves, films.
+
+Reads runs/quickstart as launch/quickstart.py leaves it. Needs matplotlib (extra `report`).
+"""
+
+import base64
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from gear_jax.report import eval_page, html_parts
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+_WORDS = {
+    "named": "the trained policy",
+    "other": "the same, told another block (success is still the task's own)",
+    "untrained": "nothing trained",
+    "replay": "a demonstration replayed without looking",
+}
+# What is drawn of each stage: keys of metrics.jsonl, and held-out ones beside them.
+_CURVES = {
+    "latents": ("reconstruction", "held_out/reconstruction"),
+    "pretrain": ("text", "latent", "fast", "held_out/latent", "held_out/fast"),
+    "policy": ("flow", "held_out/flow", "held_out/flow_predicted"),
+}
+
+
+def write(run: pathlib.Path, found: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+    """Write report.html, and a page for each evaluation.
+
+    Args:
+        run: folder of the quickstart.
+        found: {evaluation: count} as `evals/statistics.py` counts.
+        seconds: {step: seconds}.
+    """
+    parts = [
+        '<p class="note">A toy world made of boxes: its success rates belong in no table beside '
+        "published ones.</p>",
+        "<h2>Success</h2>",
+        _success(found),
+        html_parts.table({_WORDS[name]: _said(count) for name, count in found.items()}),
+        "<h2>Episodes</h2>",
+        *_films(run / "eval" / "named" / "videos"),
+        "<h2>Training</h2>",
+        *(_curve(run / stage / "metrics.jsonl", stage, keys) for stage, keys in _CURVES.items()),
+        "<h2>What it cost</h2>",
+        _cost(seconds),
+        "<h2>More</h2>",
+        "<ul>",
+    ]
+    for name in found:
+        eval_page.write(run / "eval" / name, run / "eval" / name / "page.html")
+        parts.append(
+            f'<li><a href="eval/{name}/page.html">{_WORDS[name]}</a>: steps, chunks, '
+            "latent codes, protocol</li>"
+        )
+    if (run / "ids" / "page.html").is_file():
+        parts.append('<li><a href="ids/page.html">latent actions</a>: codes and what they do</li>')
+    html_parts.write(run / "report.html", "GEAR-VLA on the embedded tabletop", [*parts, "</ul>"])
+
+
+def _said(count):
+    return (
+        f"{count['success']} of {count['episodes']} = {100 * count['rate']:.0f} % "
+        f"(95 %: {100 * count['low']:.0f} .. {100 * count['high']:.0f})"
+    )
+
+
+def _success(found):
+    names = list(found)[::-1]
+    rates = np.array([found[name]["rate"] for name in names])
+    ends = np.array([[found[name]["low"], found[name]["high"]] for name in names]).T
+    figure, axes = plt.subplots(figsize=(9, 2.4), layout="constrained")
+    axes.barh(names, rates, color="#9ecae1")
+    axes.errorbar(rates, names, xerr=np.abs(ends - rates), fmt="none", ecolor="0.25", capsize=3)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("success rate, with Wilson's 95 % interval")
+    return html_parts.figure(figure, "success of the policy and its floors")
+
+
+def _curve(path, stage, keys):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    for key in keys:
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        points = [(step, value) for step, value in points if value > 0]
+        if points:
+            style = "o--" if key.startswith("held_out") else "-"
+            axes.plot(*zip(*points, strict=True), style, markersize=3, label=key)
+    axes.set_yscale("log")
+    axes.set_xlabel(f"step of {stage}")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return html_parts.figure(figure, f"losses of {stage}")
+
+
+def _cost(seconds):
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.27 * len(seconds)), layout="constrained")
+    names = list(seconds)[::-1]
+    bars = axes.barh(names, [seconds[name] for name in names], color="#c7e9c0")
+    axes.bar_label(bars, fmt="%.0f s", fontsize=8)
+    axes.set_xlabel(f"seconds; {sum(seconds.values()) / 60:.0f} minutes together")
+    return html_parts.figure(figure, "seconds of each step")
+
+
+def _films(folder):
+    """Up to a dozen films that the policy saw, failures first."""
+    paths = sorted(folder.glob("*/*.mp4"))[:12]
+    if not paths:
+        return ['<p class="note">No films were kept.</p>']
+    out = []
+    for path in paths:
+        data = base64.b64encode(path.read_bytes()).decode()
+        out.append(
+            f'<figure style="display:inline-block;margin:4px"><video width="200" controls loop '
+            f'muted src="data:video/mp4;base64,{data}"></video>'
+            f'<figcaption class="note">{path.stem}</figcaption></figure>'
+        )
+    return out

@@ -1,0 +1,62 @@
+"""The quickstart's plan and its way through it; the steps themselves have their own tests."""
+
+import json
+
+import jax
+import pytest
+
+from configs import quickstart as configs
+from gear_jax.train.gear import make_model
+from gear_jax.train.start import loader
+from launch import quickstart
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "RUN", tmp_path / "run")
+    monkeypatch.setattr(quickstart, "_report", lambda seconds: len(seconds))
+    monkeypatch.delenv("FROM_SCRATCH", raising=False)
+    return tmp_path / "run"
+
+
+def test_killed_it_goes_on_with_the_step_that_is_not_done(run, monkeypatch, capsys):
+    ran, dies = [], ["pretrain"]
+
+    def step(name, command, where, console):
+        ran.append(name)
+        return 1 if name in dies else 0
+
+    monkeypatch.setattr(quickstart, "_run", step)
+    assert quickstart.main() == 1
+    assert "error: pretrain ended with 1" in capsys.readouterr().err
+    first, dies[:] = list(ran), []
+    ran.clear()
+    steps = list(quickstart.plan(from_scratch=False))
+    assert quickstart.main() == len(steps)
+    assert first[:-1] + ran == steps
+    assert list(json.loads((run / "steps.json").read_text())) == steps
+
+
+def test_from_scratch_trains_the_vlm_and_begins_with_it():
+    short, whole = (quickstart.plan(from_scratch=flag) for flag in (False, True))
+    assert set(whole) - set(short) == {"vlm", "publish"}
+    assert f"--config.init.published={configs.VLM}" in short["pretrain"]
+    target = whole["publish"][whole["publish"].index("--target") + 1]
+    assert f"--config.init.published={target}" in whole["pretrain"]
+
+
+def test_the_vlm_that_ships_fits_the_config_and_is_small():
+    config = configs.get_config("pretrain")
+    params, _ = jax.eval_shape(make_model(config).init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), params)
+    begun = loader(config.init, 10**6, lambda line: None)(params)
+    for tower in ("vision", "geometry", "projector", "language"):
+        assert any(bool(leaf.any()) for leaf in jax.tree.leaves(begun[tower])), tower
+    files = [path for path in quickstart.pathlib.Path(configs.VLM).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4 << 20
+
+
+@pytest.mark.parametrize("arg", ["", "walk", "policy,vlm2"])
+def test_a_stage_that_is_none_is_refused(arg):
+    with pytest.raises(ValueError, match=r"configs/quickstart.py"):
+        configs.get_config(arg)
