@@ -1,13 +1,16 @@
 """Which off-screen renderer MuJoCo uses: the first that draws on this machine.
 
-MuJoCo reads MUJOCO_GL once, when it is imported first, so the choice comes before that.
+MuJoCo reads MUJOCO_GL once, when it is imported first; where something else did that before the
+choice, it is made to read it again.
 """
 
+import importlib
 import os
 import subprocess
 import sys
 
 BACKENDS = ("egl", "osmesa")
+_READERS = ("mujoco.rendering.classic.gl_context", "mujoco.gl_context")  # of MuJoCo 4, of MuJoCo 3
 _TRIAL = """
 import mujoco
 model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
@@ -34,6 +37,9 @@ def choose_backend() -> str:
         )
         if tried.returncode == 0:
             os.environ["MUJOCO_GL"] = backend
+            for name in _READERS:
+                if name in sys.modules:
+                    importlib.reload(sys.modules[name])
             return backend
         said[backend] = (tried.stderr.strip().splitlines() or ["no message"])[-1]
     raise RuntimeError(
