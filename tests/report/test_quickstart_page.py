@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+from gear_jax.report import eval_page, quickstart_page
+
+COUNT = {"success": 8, "episodes": 10, "rate": 0.8, "low": 0.49, "high": 0.94}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A finished quickstart as its report finds it; the evaluations' own pages are tested apart."""
+    written = []
+    monkeypatch.setattr(eval_page, "write", lambda folder, target: written.append(target.parent))
+    for stage, key in (("latents", "reconstruction"), ("pretrain", "latent"), ("policy", "flow")):
+        (tmp_path / stage).mkdir()
+        rows = [{"step": step, key: 1 / step, f"held_out/{key}": None} for step in (1, 2, 3)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / stage / "metrics.jsonl").write_text(text)
+    films = tmp_path / "eval/named/videos/tabletop"
+    films.mkdir(parents=True)
+    (films / "pick_red-3-failure.mp4").write_bytes(b"film")
+    return tmp_path, written
+
+
+def test_the_report_shows_success_beside_its_floors_films_curves_and_costs(run):
+    folder, written = run
+    found = dict.fromkeys(("named", "other", "untrained", "replay"), COUNT)
+    quickstart_page.write(folder, found, {"latents": 61.0, "policy": 300.5})
+    page = (folder / "report.html").read_text()
+    assert page.count("8 of 10 = 80 % (95 %: 49 .. 94)") == 4
+    assert "pick_red-3-failure" in page
+    assert "data:video/mp4;base64,ZmlsbQ==" in page
+    assert page.count("data:image/png;base64,") == 5  # success, three curves, costs
+    assert "belong in no table" in page
+    assert [path.name for path in written] == list(found)
+
+
+def test_a_run_without_films_says_so(run):
+    folder, _ = run
+    for path in (folder / "eval/named/videos").rglob("*.mp4"):
+        path.unlink()
+    quickstart_page.write(folder, {"named": COUNT}, {"policy": 1.0})
+    assert "No films were kept." in (folder / "report.html").read_text()
