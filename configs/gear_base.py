@@ -4,6 +4,8 @@ The argument behind a config's name is a list: a size (7b, 3b, debug), a variant
 where the config has phases, one of them: `configs/policy_gear.py:3b,wo_latent`.
 """
 
+import functools
+
 import ml_collections
 
 SIZES = ("7b", "3b", "debug")
@@ -57,11 +59,12 @@ def base(size):
     config.seed = 42
     # GPUs: fsdp inside a node, data across; a TPU pod: fsdp=-1, data=1
     config.mesh = {"replica": 1, "data": -1, "fsdp": 8, "tensor": 1}
+    nothing = functools.partial(ml_collections.config_dict.placeholder, str)
     config.init = {
-        "qwen2_5_vl": None,  # folder that `launch.port convert` wrote
-        "vggt": None,  # likewise
-        "published": None,  # folder that `launch.publish` wrote
-        "run": None,  # workdir of an earlier stage
+        "qwen2_5_vl": nothing(),  # folder that `launch.port convert` wrote
+        "vggt": nothing(),  # likewise
+        "published": nothing(),  # folder that `launch.publish` wrote
+        "run": nothing(),  # workdir of an earlier stage
         "fresh": (),  # parameters that may begin at random
         "unused": ("unused/.*",),  # stored arrays that may lie idle
         "trained": (),  # embodiment slots of `run` that were trained; () is all

@@ -42,7 +42,7 @@ def get_config(arg="policy"):
         fast={"path": f"{ROOT}/fast", "num_chunks": 4000, "vocab_size": 512},
     )  # fmt: skip
     config.loop.update(log_every=50, checkpoint_every=500, keep=1)
-    config.monitor.update(every=250, batches=4)
+    config.monitor.update(every=300, batches=4)
     _STAGES[stage](config)
     gear_base.VARIANTS[variant](config)
     return config
@@ -63,7 +63,7 @@ def _vlm(config):
 
 def _pretrain(config):
     config.stage = "pretrain"
-    gear_base.optim(config, 1500, 1e-3, expert=False)
+    gear_base.optim(config, 600, 1e-3, expert=False)
     config.optim.update(schedule="cosine", warmup_steps=50)
     config.data.batch_size = 32
     config.data.sets.tabletop.weight = 0.75
@@ -73,7 +73,7 @@ def _pretrain(config):
 
 def _policy(config):
     config.stage = "policy"
-    gear_base.optim(config, 2500, 1e-3, expert=True)
+    gear_base.optim(config, 900, 1e-3, expert=True)
     config.optim.update(schedule="cosine", warmup_steps=50)
     config.data.batch_size = 32
     config.data.sets.tabletop.weight = 0.9

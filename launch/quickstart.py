@@ -70,7 +70,7 @@ def plan(*, from_scratch):
             "publish": publish(f"{ROOT}/vlm", published),
         }
     untrained = _train("policy", "untrained") + [
-        "--config.init.run=None", "--config.init.fresh=('.*',)", "--config.optim.num_steps=1",
+        "--config.init.run=", "--config.init.fresh=('.*',)", "--config.optim.num_steps=1",
         "--config.optim.warmup_steps=0", "--config.optim.lr=0.0", "--config.monitor.every=0",
     ]  # fmt: skip
     return {
