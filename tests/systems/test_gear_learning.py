@@ -1,7 +1,8 @@
 """What GEAR-VLA learns: L1, L3, L5, L6 and L7 of systems.md 2.13, each with one seed.
 
-Margins of L1, L3 and L5 are from five seeds of benchmarks/gear_learning.py; the figures stand in
-benchmarks/RESULTS.md. L6 and L7 have been seen with two seeds. Nothing here passes untrained.
+Margins are from five seeds of benchmarks/gear_learning.py; the figures stand in
+benchmarks/RESULTS.md. L1, L3, L5 and L6 hold in all five; L7 in this seed, and not in every other.
+Nothing here passes untrained.
 """
 
 import os
