@@ -262,7 +262,11 @@ def test_every_kind_of_latents_acts_from_its_prompt(variant, world):
     stage = policy.stage(config, _mesh(data=1))
     params, _ = jax.jit(stage.init)(jax.random.key(0))
     cfg, prompts = gear.model_config(config.model), _prompts(config, stage)
-    act = jax.jit(lambda p, b: system.act(p, cfg, nested(b), jax.random.key(5)))
+    rows = len(prompts["tokens"])
+    noise = jax.random.normal(
+        jax.random.key(5), (rows, cfg.expert.chunk_len, cfg.expert.action_dim)
+    )
+    act = jax.jit(lambda p, b: system.act(p, cfg, nested(b), noise))
     chunk, ids = act(params, prompts)
     assert bool(jnp.isfinite(chunk).all())
     assert ids.shape[1] == (0 if variant in ("wo_latent", "wo_both") else 20)
