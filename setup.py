@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["gear_jax", "gear_jax.*"]),
+    package_data={"gear_jax.tokenizers": ["small_merges.txt"]},
     install_requires=[
         "array-record>=0.8",
         "av>=14",
