@@ -62,23 +62,23 @@ def _vlm(config):
 
 
 def _pretrain(config):
-    config.stage = "pretrain"
-    gear_base.optim(config, 600, 1e-3, expert=False)
-    config.optim.update(schedule="cosine", warmup_steps=50)
-    config.data.batch_size = 32
-    config.data.sets.tabletop.weight = 0.75
-    config.data.pools.points.weight = 0.25
+    _on_robots(config, "pretrain", num_steps=600, expert=False, pointing=0.25)
     config.init.update(published=VLM, fresh=("state/.*",))
 
 
 def _policy(config):
-    config.stage = "policy"
-    gear_base.optim(config, 900, 1e-3, expert=True)
+    _on_robots(config, "policy", num_steps=900, expert=True, pointing=0.1)
+    config.init.update(run=f"{ROOT}/pretrain", fresh=("expert/.*",))
+
+
+def _on_robots(config, stage, *, num_steps, expert, pointing):
+    """Demonstrations, and a share of pointing."""
+    config.stage = stage
+    gear_base.optim(config, num_steps, 1e-3, expert=expert)
     config.optim.update(schedule="cosine", warmup_steps=50)
     config.data.batch_size = 32
-    config.data.sets.tabletop.weight = 0.9
-    config.data.pools.points.weight = 0.1
-    config.init.update(run=f"{ROOT}/pretrain", fresh=("expert/.*",))
+    config.data.sets.tabletop.weight = 1 - pointing
+    config.data.pools.points.weight = pointing
 
 
 _STAGES = {"vlm": _vlm, "pretrain": _pretrain, "policy": _policy}

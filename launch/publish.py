@@ -16,13 +16,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 import gear_jax
 from gear_jax.data.tfrecord import DataError
-from gear_jax.train import checkpoint, sharding
+from gear_jax.train import checkpoint, sharding, trained
 from gear_jax.train.gear import make_model
-from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints
 
 DTYPES = {"as_trained": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -40,7 +38,7 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="as_trained")
     try:
         count = publish(**vars(parser.parse_args(argv)))
-    except (DataError, NoCheckpointError, OSError, ValueError) as error:
+    except (DataError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
     print(json.dumps({"ok": True, **count}))
@@ -49,29 +47,17 @@ def main(argv=None):
 
 def publish(run, target, only, dtype):
     """Returns {"parameters", "step"}."""
-    text = (run / "config.json").read_text()
-    config = ml_collections.ConfigDict(json.loads(text))
-    shapes, _ = jax.eval_shape(make_model(config).init, jax.random.key(0))
+    config = trained.read_config(run)
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
-    key = "params" if config.ema_decay is None else "ema"
-    targets = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        shapes,
-        sharding.param_shardings(shapes, mesh),
-    )
-    checkpoints = RunCheckpoints(run / "checkpoints", read_only=True)
-    try:
-        restored = checkpoints.restore_part({key: targets})
-    finally:
-        checkpoints.close()
-    kept = _chosen(restored.state[key], only, DTYPES[dtype])
+    found = trained.load(run, config, make_model(config), mesh)
+    kept = _chosen(found.params, only, DTYPES[dtype])
     manifest = {
         "gear_jax": gear_jax.__version__,
         "stage": config.stage,
-        "step": restored.step,
+        "step": found.step,
         "only": only,
         "dtype": dtype,
-        "model": json.loads(text)["model"],
+        "model": json.loads(config.model.to_json()),
     }
     with checkpoint.new_directory(target) as folder:
         checkpoint.save_params(folder, kept)
@@ -81,7 +67,7 @@ def publish(run, target, only, dtype):
         checkpoint.write_digests(folder)
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(kept)),
-        "step": restored.step,
+        "step": found.step,
     }
 
 

@@ -7,6 +7,7 @@ LeRobot's, or paths inside HDF5. Actions of most sets are step-to-step deltas an
 chunk's targets are the poses that were achieved (data.md 3.3).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
@@ -284,25 +285,11 @@ def libero(*, fps: float = 20.0, joint_state: Literal["unused", "used"] = "unuse
 
 
 def tabletop(*, fps: float = 20.0) -> Row:
-    """The embedded tabletop's demonstrations, under LIBERO's field names."""
-    arm = ArmRow(
-        pose=Pose(f"{_OBS}state[0:3]", f"{_OBS}state[3:6]", "rotvec"),
-        joints=f"{_OBS}joint_state",
-        grip_open=Gripper(f"{_OBS}state[6]", 0.0, 0.04),
-        grip_cmd=Gripper("steps/action[6]", 1.0, -1.0),
-    )
-    return Row(
-        "tabletop",
-        "tabletop_gantry",
-        fps,
-        {"right": arm},
-        {
-            "head": ViewRow(f"{_OBS}image", upside_down=True, flipped=True),
-            "right_wrist": ViewRow(f"{_OBS}wrist_image", upside_down=True, flipped=True),
-        },
-        ("steps/language_instruction",),
+    """The embedded tabletop's demonstrations: LIBERO's field names, another robot."""
+    return dataclasses.replace(
+        libero(fps=fps, joint_state="used"), name="tabletop", embodiment="tabletop_gantry",
         truth="evals/sims/recording.py writes it",
-    )
+    )  # fmt: skip
 
 
 def libero_hdf5(*, fps: float = 20.0) -> Row:

@@ -5,8 +5,8 @@ Each row of the batch gets the patches of its own images, so that rows can be sp
 
 import numpy as np
 
+from gear_jax.data.mrope import IMAGE, TEXT, VIDEO
 from gear_jax.data.patch_windows import patch_windows
-from gear_jax.data.sequences import IMAGE, TEXT, VIDEO
 
 
 def vlm_batch(tokens, token_types, valid, positions, images=None, videos=None, *, window, merge=2):

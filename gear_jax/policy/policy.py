@@ -10,13 +10,11 @@ checkpoint, of the averaged parameters where there are some. Source: GEAR-VLA 3.
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
-import ml_collections
 import numpy as np
 
 from gear_jax.data import images as images_lib
@@ -28,11 +26,10 @@ from gear_jax.data.windows import empty_state
 from gear_jax.evals.episodes import Answer, Query, noise_seed
 from gear_jax.systems import gear, vlm
 from gear_jax.tokenizers.text import TextTokenizer
-from gear_jax.train import checkpoint, lora, sharding
+from gear_jax.train import lora, sharding, trained
 from gear_jax.train.gear import make_model
 from gear_jax.train.gear_batch import nested
 from gear_jax.train.gear_data import open_tokenizer
-from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints
 from gear_jax.types import VIEWS, Image, Observation, State
 
 _STATE = ("ee", "ee_mask", "joints", "joint_mask", "arm_mask")
@@ -295,47 +292,34 @@ def open_policy(
         ValueError: the run has no action expert.
     """
     workdir = pathlib.Path(workdir)
-    config = ml_collections.ConfigDict(json.loads(_text(workdir / "config.json")))
+    config = trained.read_config(workdir)
     normalizer = Normalizer.from_json(
-        _text(workdir / "normalizer.json"), str(workdir / "normalizer.json")
+        trained.read_text(workdir / "normalizer.json"), str(workdir / "normalizer.json")
     )
     model = make_model(config)
     _check_expert(model.cfg)
     sizes = mesh or {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}
     devices = sharding.make_mesh(sizes, jax.local_devices())
-    shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
-    key = "params" if config.ema_decay is None else "ema"
-    targets = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        shapes, sharding.param_shardings(shapes, devices),
-    )  # fmt: skip
-    checkpoints = RunCheckpoints(workdir / "checkpoints", read_only=True)
-    try:
-        restored = checkpoints.restore_part({key: targets})
-        digest = checkpoint.digest(checkpoints.path(restored.step))
-    except NoCheckpointError as error:
-        raise DataError(str(error)) from error
-    finally:
-        checkpoints.close()
-    parts = restored.meta["data"]["parts"]
+    found = trained.load(workdir, config, model, devices)
+    parts = found.meta["data"]["parts"]
     if parts["statistics"] != normalizer.digest():
         raise DataError(
-            f"{workdir}/normalizer.json is {normalizer.digest()[:12]}, step {restored.step} was "
+            f"{workdir}/normalizer.json is {normalizer.digest()[:12]}, step {found.step} was "
             f"trained with {parts['statistics'][:12]}: not of this run"
         )
-    params = lora.merge(restored.state[key], model.lora)
+    params = lora.merge(found.params, model.lora)
     sequence = model.sequence_for_prompts()
     identity = {
         "name": str(config.stage),
-        "checkpoint": digest,
-        "step": restored.step,
+        "checkpoint": found.digest,
+        "step": found.step,
         "statistics": normalizer.digest(),
         "spec": normalizer.spec.digest(),
         "config": hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest(),
         "flow_steps": model.cfg.flow_steps,
         "image_size": config.model.image_size,
         "fit": config.data.fit,
-        "parameters": key,
+        "parameters": found.key,
         "jax": jax.__version__,
     }
     return GearPolicy(
@@ -343,10 +327,3 @@ def open_policy(
         image_size=config.model.image_size, fit=config.data.fit, mesh=devices, identity=identity,
         seed=seed, batch_size=max(batch_size, devices.size),
     )  # fmt: skip
-
-
-def _text(path):
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise DataError(f"{path}: no such file: expected the folder of a trained run") from error

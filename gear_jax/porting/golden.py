@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gear_jax.data import qwen_images as images_lib
+from gear_jax.data.mrope import mrope_positions
 from gear_jax.data.patch_windows import EMPTY, patch_windows
-from gear_jax.data.sequences import mrope_positions
 from gear_jax.data.vlm_batch import vlm_batch
 from gear_jax.losses import next_token_loss
 from gear_jax.porting import table as tables

@@ -3,7 +3,7 @@
 Everything takes one parameter tree whose top keys are the towers. A batch is a dict:
 
     tokens        int32[B, T]
-    positions     int32[3, B, T]   m-rope positions (data/sequences.py)
+    positions     int32[3, B, T]   m-rope positions (data/mrope.py)
     segments      int32[B, T]      0 padding, 1 the sequence, more when sequences are packed
     insert_index  int32[B, T]      row of the visual embeddings for an image token, -1 for text
     visual        dict with patches [B, W, S, P], positions int32[B, W, S, 2], segments int32[B, W,

@@ -100,7 +100,7 @@ class QwenLanguage(nn.Module):
 
         Args:
             tokens: int32[B, T].
-            positions: int32[3, B, T], time, height and width (data/sequences.py).
+            positions: int32[3, B, T], time, height and width (data/mrope.py).
             segments: int32[B, T]; tokens see earlier tokens of the same segment: 1 is the sequence,
                 higher numbers further packed sequences. 0 is padding: it sees nothing, nothing sees
                 it, and its output is a finite average without meaning (as the reference's).

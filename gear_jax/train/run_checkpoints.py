@@ -185,8 +185,11 @@ class RunCheckpoints:
         if self._leads:
             self._clear(step)
         needed = int(_SPARE * self._bytes)
+        said = str(error)
+        if len(said) > 700:  # Orbax names long paths first and the reason last
+            said = f"{said[:300]} ... {said[-400:]}"
         raise SaveError(
-            f"{self.path(step)}: could not be saved: {str(error)[:500]}; {needed} bytes are needed "
+            f"{self.path(step)}: could not be saved: {said}; {needed} bytes are needed "
             f"and {free} were free"
         ) from error
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gear_jax.data.sequences import IMAGE, TEXT, VIDEO
+from gear_jax.data.mrope import IMAGE, TEXT, VIDEO
 from gear_jax.data.vlm_batch import vlm_batch
 
 I, V, _ = IMAGE, VIDEO, TEXT  # noqa: E741

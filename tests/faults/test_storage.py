@@ -121,7 +121,7 @@ def test_f8_a_directory_that_cannot_be_written_ends_the_run(place, how):
         begun = time.monotonic()
         made = one.start(fault={"file_bytes": 2_000_000})
         passed, sentence = _failed(one, made, begun)
-        assert "too large" in sentence
+        assert "too large" in sentence, sentence
     else:
         made = one.start(fault={"slow": 0.2}).until(lambda: one.steps() == [2])
         begun = time.monotonic()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gear_jax.data.sequences import mrope_positions
+from gear_jax.data.mrope import mrope_positions
 from gear_jax.data.vlm_batch import vlm_batch
 from gear_jax.porting import golden as compare
 from gear_jax.porting import models, table

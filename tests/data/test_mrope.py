@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gear_jax.data.sequences import IMAGE, TEXT, VIDEO, mrope_positions, token_types
+from gear_jax.data.mrope import IMAGE, TEXT, VIDEO, mrope_positions, token_types
 
 I, V, _ = IMAGE, VIDEO, TEXT  # noqa: E741
 NONE = np.zeros((0, 3), int)
