@@ -69,10 +69,6 @@ def plan(*, from_scratch):
             "vlm": _train("vlm"),
             "publish": publish(f"{ROOT}/vlm", published),
         }
-    untrained = _train("policy", "untrained") + [
-        "--config.init.run=", "--config.init.fresh=('.*',)", "--config.optim.num_steps=1",
-        "--config.optim.warmup_steps=0", "--config.optim.lr=0.0", "--config.monitor.every=0",
-    ]  # fmt: skip
     return {
         "questions": questions,
         "demonstrations": demos,
@@ -85,8 +81,7 @@ def plan(*, from_scratch):
         "evaluate_other": _evaluate(
             "other", f"{ROOT}/policy", "--options", json.dumps({"instruct": "other"})
         ),
-        "untrained": untrained,
-        "evaluate_untrained": _evaluate("untrained", f"{ROOT}/untrained"),
+        "evaluate_untrained": _evaluate("untrained", f"untrained:{ROOT}/policy"),
         "evaluate_replay": _evaluate("replay", f"replay:tabletop:{_SET}:{_WORK}"),
     }
 
@@ -101,9 +96,9 @@ def _launch(name, *arguments):
     return [sys.executable, "-m", f"launch.{name}", *map(str, arguments)]
 
 
-def _train(stage, workdir=None):
+def _train(stage):
     return _launch("train", "--config", f"configs/quickstart.py:{stage}",
-                   "--workdir", f"{ROOT}/{workdir or stage}")  # fmt: skip
+                   "--workdir", f"{ROOT}/{stage}")  # fmt: skip
 
 
 def _evaluate(name, policy, *more):

@@ -59,7 +59,8 @@ def open_policy(
     """A policy by its name, or the newest checkpoint of a run by its folder.
 
     Args:
-        name: one of `POLICIES`, replay:ROW:FOLDER:WORK (evals/replay.py), or a run's folder.
+        name: one of `POLICIES`, replay:ROW:FOLDER:WORK (evals/replay.py), a run's folder, or
+            untrained:RUN, its model with random parameters.
         seed: of the noise.
         mask_guided: segmenter of the mask-guided mode (policy/mask_guided.py), or None.
         replan: rows of a chunk until the next query; a replay keeps time by it.
@@ -76,13 +77,14 @@ def open_policy(
         from gear_jax.evals import replay  # the data pipeline
 
         return replay.open_replay(name, replan)
-    if not pathlib.Path(name).is_dir():
+    run = pathlib.Path(name.removeprefix("untrained:"))
+    if not run.is_dir():
         raise ValueError(
             f"policy {name!r} is unknown: expected a run's folder or one of {sorted(POLICIES)}"
         )
     from gear_jax.policy import policy  # JAX and the towers: not for a floor
 
-    made = policy.open_policy(pathlib.Path(name), seed=seed)
+    made = policy.open_policy(run, seed=seed, untrained=name.startswith("untrained:"))
     if mask_guided is None:
         return made
     from gear_jax.policy.mask_guided import guided

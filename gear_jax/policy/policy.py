@@ -278,6 +278,7 @@ def open_policy(
     seed: int = 0,
     batch_size: int = 8,
     mesh: Mapping[str, int] | None = None,
+    untrained: bool = False,
 ) -> GearPolicy:
     """The newest whole checkpoint of a run of stage `policy` or `adapt`.
 
@@ -286,6 +287,7 @@ def open_policy(
         seed: of the noise.
         batch_size: observations that the model sees at a time.
         mesh: sizes of the axes, over this host's devices; by default rows over all of them.
+        untrained: random parameters in place of the checkpoint's: a floor.
 
     Raises:
         DataError: a file of the run is missing or was changed, or no checkpoint can be used.
@@ -300,26 +302,28 @@ def open_policy(
     _check_expert(model.cfg)
     sizes = mesh or {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1}
     devices = sharding.make_mesh(sizes, jax.local_devices())
-    found = trained.load(workdir, config, model, devices)
-    parts = found.meta["data"]["parts"]
-    if parts["statistics"] != normalizer.digest():
-        raise DataError(
-            f"{workdir}/normalizer.json is {normalizer.digest()[:12]}, step {found.step} was "
-            f"trained with {parts['statistics'][:12]}: not of this run"
-        )
-    params = lora.merge(found.params, model.lora)
+    if untrained:
+        params, origin = trained.untrained(model, devices, seed), {"parameters": "random"}
+    else:
+        found = trained.load(workdir, config, model, devices)
+        parts = found.meta["data"]["parts"]
+        if parts["statistics"] != normalizer.digest():
+            raise DataError(
+                f"{workdir}/normalizer.json is {normalizer.digest()[:12]}, step {found.step} was "
+                f"trained with {parts['statistics'][:12]}: not of this run"
+            )
+        params = lora.merge(found.params, model.lora)
+        origin = {"parameters": found.key, "checkpoint": found.digest, "step": found.step}
     sequence = model.sequence_for_prompts()
     identity = {
         "name": str(config.stage),
-        "checkpoint": found.digest,
-        "step": found.step,
+        **origin,
         "statistics": normalizer.digest(),
         "spec": normalizer.spec.digest(),
         "config": hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest(),
         "flow_steps": model.cfg.flow_steps,
         "image_size": config.model.image_size,
         "fit": config.data.fit,
-        "parameters": found.key,
         "jax": jax.__version__,
     }
     return GearPolicy(

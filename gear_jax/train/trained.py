@@ -75,12 +75,11 @@ def load(
     Raises:
         DataError: no checkpoint can be used.
     """
-    shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
+    shapes, wheres = _placed(model, mesh)
     key = "params" if config.ema_decay is None else "ema"
     targets = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        shapes, sharding.param_shardings(shapes, mesh),
-    )  # fmt: skip
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, wheres
+    )
     checkpoints = RunCheckpoints(pathlib.Path(workdir) / "checkpoints", read_only=True)
     try:
         restored = checkpoints.restore_part({key: targets})
@@ -90,3 +89,16 @@ def load(
     finally:
         checkpoints.close()
     return Trained(restored.state[key], key, restored.step, digest, restored.meta)
+
+
+def untrained(model: GearModel, mesh: jax.sharding.Mesh, seed: int = 0) -> Any:
+    """Random parameters of a run's model, on the mesh: what learning must beat."""
+    _, wheres = _placed(model, mesh)
+    make = jax.jit(lambda key: model.init(key)[0], out_shardings=wheres)
+    return make(jax.random.key(seed))
+
+
+def _placed(model, mesh):
+    """Shapes of the parameters, and their shardings."""
+    shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
+    return shapes, sharding.param_shardings(shapes, mesh)

@@ -205,6 +205,16 @@ def test_a_run_opens_and_answers(opened, query, data):
         assert (codes[:, 2:] >= 8).all()
 
 
+def test_an_untrained_policy_is_the_run_with_random_parameters(run, opened, query):
+    floor = open_policy(run, untrained=True)
+    assert floor.identity()["parameters"] == "random"
+    assert "checkpoint" not in floor.identity()
+    assert floor.identity()["config"] == opened.identity()["config"]
+    (one,), (other,) = floor([query(0, 0)]), opened([query(0, 0)])
+    assert np.isfinite(one.action).all()
+    assert not np.array_equal(one.action, other.action)
+
+
 def _copy(run, target):
     return shutil.copytree(run, target)
 
