@@ -35,7 +35,7 @@ def get_config(arg="policy"):
     config.model.update(_MODEL)
     config.mesh.update(data=-1, fsdp=1)
     config.data.sets = {"tabletop": _robot()}
-    config.data.pools = {"points": _pool()}
+    config.data.pools = {name: _pool(name) for name in ("points", "scenes")}
     config.data.augment = None
     config.data.update(
         hold_out=0.05, num_workers=1, random_side=False,
@@ -49,12 +49,13 @@ def get_config(arg="policy"):
 
 
 def _vlm(config):
-    """Pointing alone; the 2D tower is trained here, and never again."""
+    """Pointing and descriptions alone; the 2D tower is trained here, and never again."""
     config.stage = "pretrain"
     gear_base.optim(config, 2000, 1.5e-3, expert=False)
     config.optim.partitions = (("state/.*", None), (".*", "vlm"))
-    config.optim.update(schedule="cosine", warmup_steps=100, b2=0.98)
+    config.optim.update(warmup_steps=100, b2=0.98)
     config.model.update(train_vision=True, drops="none", with_fast=False)
+    config.model.projector.geometry_std = 0.07  # 3D features have nothing to disturb yet
     config.data.sets = {}
     config.model.length = 248  # three questions a row
     config.data.update(hold_out=0.0, batch_size=16)
@@ -78,7 +79,8 @@ def _on_robots(config, stage, *, num_steps, expert, pointing):
     config.optim.update(schedule="cosine", warmup_steps=50)
     config.data.batch_size = 32
     config.data.sets.tabletop.weight = 1 - pointing
-    config.data.pools.points.weight = pointing
+    for pool in config.data.pools.values():
+        pool.weight = pointing / len(config.data.pools)
 
 
 _STAGES = {"vlm": _vlm, "pretrain": _pretrain, "policy": _policy}
@@ -87,8 +89,9 @@ _MODEL = {
     "tokenizer": "small", "image_size": 64, "length": 192, "real_tokens": 150,
     "fast_length": 64, "most_labels": 96, "remat": "attention",
     "language": {
-        "depth": 3, "width": 96, "num_heads": 2, "num_kv_heads": 1, "head_dim": 48,
-        "mlp_dim": 256, "vocab_size": 1088, "rope_sections": (8, 8, 8), "tied_head": True,
+        "depth": 3, "width": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 24,
+        "mlp_dim": 256, "vocab_size": 1088, "rope_sections": (4, 4, 4), "tied_head": True,
+        "embed_std": 0.1, "residual_scale": 0.3,
     },
     "vision": {
         "depth": 3, "width": 64, "num_heads": 2, "mlp_dim": 192, "patch_size": 8,
@@ -100,7 +103,7 @@ _MODEL = {
         "depth": 2, "width": 48, "num_heads": 2, "mlp_dim": 96, "patch_size": 8,
         "dino": {
             "depth": 1, "width": 48, "num_heads": 2, "mlp_dim": 96, "patch_size": 8,
-            "pos_embed_grid": 8,
+            "pos_embed_grid": 8, "pos_embed_std": 0.5,
         },
     },
     "state": {"hidden_dim": 64, "shared": False},
@@ -117,8 +120,8 @@ def _robot():
     }  # fmt: skip
 
 
-def _pool():
-    return {"path": f"{ROOT}/questions", "weight": 1.0}
+def _pool(name):
+    return {"path": f"{ROOT}/questions/{name}.jsonl", "weight": 0.5}
 
 
 def _latents():

@@ -26,6 +26,7 @@ class Dinov2Config:
     mlp_dim: int = 4096
     patch_size: int = 14
     pos_embed_grid: int = 37  # trained on 518 px
+    pos_embed_std: float = 0.02  # at random initialisation
     num_registers: int = 4
     norm_eps: float = 1e-6
     attention: str = "xla"
@@ -124,7 +125,8 @@ class Dinov2(nn.Module):
         cls = self.param("cls_token", init, (1, c.width), c.param_dtype)
         registers = self.param("registers", init, (c.num_registers, c.width), c.param_dtype)
         grid = (1 + c.pos_embed_grid**2, c.width)
-        pos_embed = self.param("pos_embed", init, grid, c.param_dtype)
+        places = nn.initializers.normal(c.pos_embed_std)
+        pos_embed = self.param("pos_embed", places, grid, c.param_dtype)
         x = PatchEmbed(c.width, c.patch_size, name="patch_embed", **types)(images.astype(c.dtype))
         x = jnp.concatenate([_repeat(cls.astype(c.dtype), batch), x], axis=1)
         x = x + resize_pos_embed(pos_embed, rows, columns).astype(c.dtype)[None]

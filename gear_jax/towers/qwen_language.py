@@ -32,6 +32,8 @@ class QwenLanguageConfig:
     rope_sections: tuple[int, int, int] = (16, 24, 24)
     norm_eps: float = 1e-6
     tied_head: bool = False
+    embed_std: float = 0.02  # of the embedding at random initialisation
+    residual_scale: float = 1.0  # likewise, of the kernels that write to the residual stream
     attention: str = "xla"
     remat: str = "none"
     dtype: jnp.dtype = jnp.float32
@@ -46,6 +48,7 @@ class _Block(nn.Module):
         c = self.cfg
         types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         heads = functools.partial(nn.DenseGeneral, **types)
+        out = nn.initializers.variance_scaling(c.residual_scale**2, "fan_in", "truncated_normal")
         dense = functools.partial(nn.Dense, use_bias=False, **types)
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_eps, **types)
 
@@ -70,10 +73,10 @@ class _Block(nn.Module):
             kv_groups=groups,
         )
         y = checkpoint_name(y, "attention")
-        x = x + heads(c.width, axis=(-2, -1), use_bias=False, name="o")(y)
+        x = x + heads(c.width, axis=(-2, -1), use_bias=False, kernel_init=out, name="o")(y)
         y = norm(name="mlp_norm")(x)
         y = nn.silu(dense(c.mlp_dim, name="gate")(y)) * dense(c.mlp_dim, name="up")(y)
-        x = x + dense(c.width, name="down")(y)
+        x = x + dense(c.width, kernel_init=out, name="down")(y)
         return x, x, (k, v)
 
 
@@ -118,9 +121,10 @@ class QwenLanguage(nn.Module):
             tokens; taps [len(taps), B, T, D].
         """
         c = self.cfg
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(c.embed_std)
         x = self.param("embed", init, (c.vocab_size, c.width), c.param_dtype)[tokens]
         if not c.tied_head:
+            init = nn.initializers.normal(0.02)
             self.param("head", init, (c.vocab_size, c.width), c.param_dtype)
         x = x.astype(c.dtype)
         if inserts is not None:

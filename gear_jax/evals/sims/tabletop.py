@@ -131,7 +131,7 @@ class TabletopSimulator:
         """What the numbers depend on."""
         mujoco = _mujoco()
         return {
-            "simulator": "gear_jax tabletop 1",
+            "simulator": "gear_jax tabletop 2",
             "mujoco": mujoco.__version__,
             "renderer": self.backend,
             "cameras": {view: [self.image_size] * 2 for view in ("head", "right_wrist")},

@@ -75,12 +75,14 @@ def _demonstrate(simulator, task, init, noise, seed, encoding):
 
 
 def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda done: None) -> None:
-    """Pointing records (docs/vision_language.md): where each block of a scene is.
+    """Records (docs/vision_language.md) of random scenes: where each block is, and what is where.
 
-    The hand is anywhere, at any height, so that the model has seen what a policy will see.
+    The hand is anywhere, at any height, so that the model has seen what a policy will see. A
+    description names the blocks of a scene in random order, each before its place: without it, a
+    model from nothing does not learn which colour was asked for (docs/quickstart.md).
 
     Args:
-        folder: questions.jsonl and images/ appear in it; the first comes last.
+        folder: points.jsonl, scenes.jsonl and images/ appear in it; the images come first.
         num_scenes: images.
         seed: of hands and scenes.
         progress: told the number of scenes done.
@@ -88,22 +90,32 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
     folder = pathlib.Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     simulator = TabletopSimulator()
-    rng, lines = np.random.default_rng(seed), []
+    rng, order = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    points, scenes = [], []
     for number in range(num_scenes):
         colour = list(COLOURS)[number % len(COLOURS)]
         simulator.place(colour, _FIRST_QUESTION + seed * num_scenes + number, rng)
         image = simulator.observe().images["head"]
-        name = f"images/{number:06d}.png"
-        cv2.imwrite(str(folder / name), image[..., ::-1])
+        about = {"images": [f"images/{number:06d}.png"]}
+        cv2.imwrite(str(folder / about["images"][0]), image[..., ::-1])
+        said = []
         for block, its in enumerate(simulator.scene.colours):
-            x, y = np.clip(simulator.pixel(block), 0, simulator.image_size - 1)
-            record = {
-                "id": f"tabletop/{seed}/{number}/{its}", "type": "object_point", "images": [name],
-                "label": f"{its} block", "points": [[round(float(x)), round(float(y))]],
-            }  # fmt: skip
-            lines.append(json.dumps(record))
+            place = np.clip(simulator.pixel(block), 0, simulator.image_size - 1)
+            x, y = (round(float(value)) for value in place)
+            name = f"tabletop/{seed}/{number}/{its}"
+            points.append(
+                {"id": name, "type": "object_point", "label": f"{its} block", "points": [[x, y]]}
+                | about
+            )
+            said.append(f"{its} block [{x}, {y}]")
+        answer = ", ".join(order.permutation(said))
+        scenes.append(
+            {"id": f"tabletop/{seed}/{number}", "type": "understanding_qa",
+             "question": "Where is what?", "answer": answer} | about
+        )  # fmt: skip
         progress(number + 1)
     simulator.close()
-    partial = folder / ".questions.partial"
-    partial.write_text("\n".join(lines) + "\n")
-    partial.rename(folder / "questions.jsonl")
+    for name, records in (("scenes", scenes), ("points", points)):
+        partial = folder / f".{name}.partial"
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+        partial.rename(folder / f"{name}.jsonl")

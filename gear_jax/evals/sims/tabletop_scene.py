@@ -30,7 +30,7 @@ _XML = """
     <light name="lamp" pos="0 0 1.5" dir="0 0 -1" castshadow="false"/>
     <geom name="table" type="box" size="0.6 0.6 0.05" pos="0 0 -0.05"
           friction="1 0.005 0.0001"/>
-    <camera name="head" fovy="40"/>
+    <camera name="head" fovy="30"/>
     <body name="gantry_x" gravcomp="1">
       <inertial pos="0 0 0" mass="0.3" diaginertia="3e-3 3e-3 3e-3"/>
       <joint name="x" type="slide" axis="1 0 0" range="-0.25 0.25"/>

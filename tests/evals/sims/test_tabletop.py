@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -174,9 +176,15 @@ def test_the_chunks_of_demonstrations_lift_the_block_again(prepared, simulator):
 
 def test_questions_are_records_that_the_pipeline_takes(tmp_path):
     tabletop_data.write_questions(tmp_path, 6)
-    pool = Pool(tmp_path)
-    assert len(pool) == 18
-    assert not list(pool.check())
-    points = np.array([pool.record(number)["points"][0] for number in range(18)])
+    pool, scenes = Pool(tmp_path / "points.jsonl"), Pool(tmp_path / "scenes.jsonl")
+    assert (len(pool), len(scenes)) == (18, 6)
+    assert not [*pool.check(), *scenes.check()]
+    records = [pool.record(number) for number in range(18)]
+    points = np.array([record["points"][0] for record in records])
     assert ((points >= 0) & (points < 64)).all()
     assert np.ptp(points, axis=0).min() > 15
+    for number in range(6):  # a description says what the three questions ask
+        three = records[3 * number : 3 * number + 3]
+        said = {f"{one['label']} {one['points'][0]}" for one in three}
+        assert set(re.findall(r"\w+ block \[\d+, \d+\]", scenes.record(number)["answer"])) == said
+        assert {one["images"][0] for one in three} == {scenes.record(number)["images"][0]}
