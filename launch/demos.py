@@ -130,6 +130,7 @@ def _numbers(name, text):
 
 def _write(args):
     total, kept, steps, failed = len(args.tasks) * len(args.inits), 0, 0, []
+    runs = set()
     writer = RldsWriter(
         args.target,
         args.name or f"{args.sim}_scripted",
@@ -143,10 +144,13 @@ def _write(args):
             else:
                 writer.add(record)
                 kept, steps = kept + 1, steps + len(record["steps/action"])
-            progress.advance(bar)
+            runs.add(source.partition("#")[0])  # a run may give several episodes
+            progress.update(bar, completed=len(runs))
     for source in failed:
         print(f"the expert failed, left out: {source}", file=sys.stderr)
-    print(f"{kept} of {total} episodes, {steps} steps: {writer.target}")
+    print(
+        f"{kept} episodes, {steps} steps, of {total - len(failed)} of {total} runs: {writer.target}"
+    )
     return 0
 
 

@@ -9,8 +9,9 @@ r"""Success rates of a policy in a simulator; killed at any moment, the same com
 
 --policy is the folder of a run, or a floor: hold, noise, replay:ROW:FOLDER:WORK, untrained:RUN.
 Several hosts share --out and run the same command, found as in launch.train, or told apart by
---host 0 --hosts 8, --host 1 --hosts 8, ... The last line is one JSON object. Exit codes: 0 done; 4 something that
-cannot be used, or ledgers that cannot be compared; 70 a simulator or worker failed for good.
+--host 0 --hosts 8, --host 1 --hosts 8, ... The last line is one JSON object. Exit codes: 0 done;
+4 something that cannot be used, or ledgers that cannot be compared; 70 a simulator or worker failed
+for good.
 """
 
 import argparse

@@ -41,7 +41,7 @@ def test_successes_are_written_and_failures_named(tmp_path, capsys, fake):
     assert _run(tmp_path, "--tasks", "4,2", "--inits", "0:3") == 0
     said = capsys.readouterr()
     folder = tmp_path / "libero_spatial_scripted/1.0.0"
-    assert said.out == f"4 of 6 episodes, 12 steps: {folder}\n"
+    assert said.out == f"4 episodes, 12 steps, of 4 of 6 runs: {folder}\n"
     assert "left out: 4/1" in said.err
     assert "left out: 2/1" in said.err
     assert (folder / "features.json").is_file()

@@ -97,8 +97,11 @@ class Recorder:
         self._fingers.append(np.asarray(fingers, np.float32))
         self._actions.append(action)
 
-    def episode(self) -> dict[str, Any]:
-        """A value for each of `columns`; the last step is a success.
+    def episode(self, *, success: bool = True) -> dict[str, Any]:
+        """A value for each of `columns`.
+
+        Args:
+            success: whether the task ends with the last step.
 
         Raises:
             ValueError: no step was kept.
@@ -118,10 +121,10 @@ class Recorder:
             f"{_OBS}joint_state": joints[:, : self.num_joints],
             "steps/action": np.stack(self._actions),
             "steps/discount": np.ones(num_steps, np.float32),
-            "steps/reward": last.astype(np.float32),
+            "steps/reward": (last & success).astype(np.float32),
             "steps/is_first": np.arange(num_steps) == 0,
             "steps/is_last": last,
-            "steps/is_terminal": last,
+            "steps/is_terminal": last & success,
             "steps/language_instruction": [self.instruction] * num_steps,
             "episode_metadata/file_path": self.source,
         }

@@ -42,7 +42,7 @@ _TIMESTEPS = 20  # of 2.5 ms, in a control step
 _SETTLE = 4  # control steps
 _SPREAD = 0.085  # metres from the middle that a block may lie
 _APART = 0.075  # metres between blocks
-_START = np.array([0.0, 0.0, 0.14])  # the hand's mean start
+_START = np.array([0.0, 0.0, 0.08])  # the hand's mean start: the head camera sees it
 _PHRASES = ("pick up the {} block", "lift the {} block", "grab the {} block and lift it",
             "take the {} block")  # fmt: skip
 _REPHRASED = ("get me the {} one", "raise that {} cube off the table", "I want the {} block, up!",
@@ -69,7 +69,7 @@ class Scene:
 def draw_scene(colour: str, init: int, num_blocks: int = 3) -> Scene:
     """The initial state of a number; the same on every machine."""
     rng = np.random.default_rng([list(COLOURS).index(colour), init])
-    hand = np.append(_START, 0) + rng.uniform(-1, 1, 4) * (0.05, 0.05, 0.02, 0.2)
+    hand = np.append(_START, 0) + rng.uniform(-1, 1, 4) * (0.05, 0.05, 0.015, 0.2)
     phrase = _PHRASES[rng.integers(len(_PHRASES))]
     others = rng.permutation([one for one in COLOURS if one != colour])[: num_blocks - 1]
     places: list[np.ndarray] = []

@@ -15,6 +15,7 @@ from gear_jax.evals.sims.tabletop_expert import Pushes, TabletopExpert
 
 NUM_JOINTS = embodiment("tabletop_gantry").joints["right"]
 _AFTER = 6  # control steps recorded after success: hold on
+_SHORTEST = 8  # control steps of a part that is kept
 _FIRST_QUESTION = 1_000_000  # initial states from here on are asked about
 
 
@@ -28,11 +29,15 @@ def demonstrations(
 ) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Episode after episode: its source, and the record or None where the expert failed.
 
+    With noise the hand begins somewhere else, its gripper open or closed, and is pushed now and
+    then. Neither is recorded: a run is cut there into several episodes, so that every second of
+    motion is what the expert meant to do (a chunk is made of poses that were reached).
+
     Args:
         tasks: numbers of the colours.
         inits: numbers of initial states, of each task, from `tabletop.NUM_INITS` on: those below
             are for evaluation.
-        noise: strength of `Pushes`; recorded actions stay the expert's own.
+        noise: strength of `Pushes`, 0 for none.
         seed: of the pushes; an episode depends on it, on the task and the initial state alone.
         encoding: of images.
 
@@ -51,27 +56,49 @@ def demonstrations(
     try:
         for init in inits:
             for number in tasks:
-                yield _demonstrate(simulator, known[number].name, init, noise, seed, encoding)
+                yield from _demonstrate(simulator, known[number].name, init, noise, seed, encoding)
     finally:
         simulator.close()
 
 
 def _demonstrate(simulator, task, init, noise, seed, encoding):
+    """One run of the expert, cut where it is pushed, so that all that is recorded was meant."""
+    source = f"tabletop/{task}/init_{init}"
+    rng = np.random.default_rng([seed, *task.encode(), init])
     simulator.reset(task, init)
-    recorder = Recorder(f"tabletop/{task}/init_{init}", num_joints=NUM_JOINTS, encoding=encoding)
-    push = Pushes(np.random.default_rng([seed, *task.encode(), init]), size=noise)
-    expert, left = TabletopExpert(simulator), None
+    if noise:
+        _wander(simulator, rng)
+    expert, push, left = TabletopExpert(simulator), Pushes(rng, size=noise), None
+    parts: list[Recorder] = []
+    pushed = True  # the first step begins a part
     for _ in range(MAX_STEPS):
         action = expert.act()
-        recorder.add(simulator.observe(), action)
-        simulator.act(push(action) if left is None else action)
+        before, done = pushed, action if left is not None else push(action)
+        pushed = not np.array_equal(done, action)
+        if not pushed:
+            if before:
+                parts.append(
+                    Recorder(f"{source}#{len(parts)}", num_joints=NUM_JOINTS, encoding=encoding)
+                )
+            parts[-1].add(simulator.observe(), action)
+        simulator.act(done)
         if left is None and simulator.solved():
             left = _AFTER
         elif left is not None:
             left -= 1
             if not left:
-                return recorder.source, recorder.episode()
-    return recorder.source, None
+                for part in parts:
+                    if len(part) >= _SHORTEST:
+                        yield part.source, part.episode(success=part is parts[-1])
+                return
+    yield source, None
+
+
+def _wander(simulator, rng):
+    """Some steps in one direction, the gripper open or closed: none of it is recorded."""
+    way = np.append(rng.uniform(-1, 1, 3) * (0.3, 0.3, 0.15), (0, 0, 0, rng.choice([-1, 1])))
+    for _ in range(int(rng.integers(0, 16))):
+        simulator.act(way)
 
 
 def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda done: None) -> None:

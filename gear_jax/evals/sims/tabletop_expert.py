@@ -1,15 +1,14 @@
 """Scripted demonstrations on the tabletop: over the block, down, close, up.
 
 The expert reads the block's place from the simulator. What is executed is pushed off the clean
-action now and then (as in DART), so that demonstrations show how to come back; the recorded action
-is the clean one.
+action now and then (as in DART), so that demonstrations show how to come back.
 """
 
 import numpy as np
 
 from gear_jax import geometry
 
-_OVER, _LIFT = 0.09, 0.13  # metres above the table, of the finger tips
+_OVER, _LIFT = 0.07, 0.12  # metres above the table, of the finger tips
 _GRASP = 0.018
 _CLOSE_STEPS = 6
 _GAIN = 6.0
@@ -64,7 +63,7 @@ class TabletopExpert:
 class Pushes:
     """Disturbances of executed actions: now and then, for some steps, one direction."""
 
-    def __init__(self, rng: np.random.Generator, *, chance: float = 0.05, size: float = 0.7):
+    def __init__(self, rng: np.random.Generator, *, chance: float = 0.02, size: float = 0.7):
         """How often a push begins, and how strong it is at most."""
         self.rng, self.chance, self.size = rng, chance, size
         self._left, self._push = 0, np.zeros(3)

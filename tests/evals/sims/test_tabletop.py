@@ -127,6 +127,32 @@ def test_demonstrations_leave_the_initial_states_of_evaluations_alone():
         next(tabletop_data.demonstrations([4], [1000]))
 
 
+def test_a_run_is_cut_where_the_hand_was_pushed(monkeypatch):
+    executed, meant = [], []
+    act, decide = TabletopSimulator.act, TabletopExpert.act
+    monkeypatch.setattr(
+        TabletopSimulator, "act", lambda self, action: (executed.append(action), act(self, action))
+    )
+    monkeypatch.setattr(TabletopExpert, "act", lambda self: meant.append(decide(self)) or meant[-1])
+    made = list(tabletop_data.demonstrations([0], range(1000, 1008), noise=0.7))
+    assert all(record is not None for _, record in made)
+    names = [source for source, _ in made]
+    assert len({name.partition("#")[0] for name in names}) == 8 < len(names) == len(set(names))
+    kept = {tuple(action) for _, record in made for action in record["steps/action"]}
+    done = {tuple(action) for action in executed}
+    pushed = [action for action in meant if tuple(action) not in done]
+    assert pushed
+    assert not kept & {tuple(action) for action in pushed}
+    assert kept <= done
+    for number, (source, record) in enumerate(made):
+        assert len(record["steps/action"]) >= 8
+        followed = number + 1 < len(names) and names[number + 1].startswith(
+            source.partition("#")[0]
+        )
+        assert record["steps/is_last"][-1]
+        assert record["steps/is_terminal"].any() == record["steps/reward"].any() == (not followed)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tabletop")
