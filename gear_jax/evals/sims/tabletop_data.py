@@ -95,10 +95,18 @@ def _demonstrate(simulator, task, init, noise, seed, encoding):
 
 
 def _wander(simulator, rng):
-    """Some steps in one direction, the gripper open or closed: none of it is recorded."""
-    way = np.append(rng.uniform(-1, 1, 3) * (0.3, 0.3, 0.15), (0, 0, 0, rng.choice([-1, 1])))
-    for _ in range(int(rng.integers(0, 16))):
-        simulator.act(way)
+    """What the expert finds: all as it was, the hand elsewhere, or a grasp that missed.
+
+    None of it is recorded.
+    """
+    kind, closed = rng.integers(3), rng.choice([-1, 1])
+    way = rng.uniform(-1, 1, 3) * (0.3, 0.3, 0.15)
+    aside = rng.normal(0, 0.03, 3) * (1, 1, 0.3)
+    for _ in range(int(rng.integers(1, 16)) if kind else 0):
+        if kind == 2:
+            aim = simulator.block()[:3] + aside
+            way, closed = np.clip(8 * (aim - simulator.pose()[:3, 3]), -0.6, 0.6), 1
+        simulator.act(np.append(way, (0, 0, 0, closed)))
 
 
 def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda done: None) -> None:

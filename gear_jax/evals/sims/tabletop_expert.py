@@ -12,6 +12,7 @@ _OVER, _LIFT = 0.07, 0.12  # metres above the table, of the finger tips
 _GRASP = 0.018
 _CLOSE_STEPS = 6
 _GAIN = 6.0
+_SPEED = 0.3  # of the controller's greatest: a policy that is asked three times a second can follow
 
 
 class TabletopExpert:
@@ -55,7 +56,7 @@ class TabletopExpert:
         error = target[:3, 3] - pose[:3, 3]
         turn = geometry.rotmat_to_rotvec(target[:3, :3] @ pose[:3, :3].T)
         action = np.zeros(7, np.float32)
-        action[:3] = np.clip(_GAIN * error / 0.05 * 0.35, -1, 1)
+        action[:3] = np.clip(_GAIN * error / 0.05 * 0.35, -_SPEED, _SPEED)
         action[3:6] = np.clip(turn / 0.5, -1, 1)
         return action
 
