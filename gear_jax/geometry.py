@@ -12,113 +12,26 @@ Shapes are always checked; values only of NumPy arrays, within `TOLERANCE`, by `
 JAX a zero quaternion or a degenerate rmat6d gives NaN.
 """
 
-import sys
-
 import numpy as np
 
-TOLERANCE = 1e-3  # how far a quaternion's norm or a rotation's columns may be from 1
+from gear_jax.geometry_inputs import (
+    array_namespace,
+    as_floating,
+    as_pose,
+    as_quat,
+    as_rotmat,
+    as_vector,
+    atan2,
+    lengths,
+    matmul,
+    norm,
+    require,
+    same_rank,
+)
+
 SENSES = ("intrinsic", "extrinsic")
 RMAT6D = ("columns", "rows")
 _SMALL = 1e-8  # squared angle below which a short series is exact in float64
-
-
-def array_namespace(*arrays):
-    """jax.numpy if any of the arrays is JAX's (or a tracer), else numpy; never imports jax."""
-    jax = sys.modules.get("jax")
-    if jax is not None and any(isinstance(x, jax.Array) for x in arrays):
-        return jax.numpy
-    return np
-
-
-def _array(xp, name, x, *tail):
-    """`x` as floating array whose last axes are `tail`; a None there is any length."""
-    x = xp.asarray(x)
-    if not xp.issubdtype(x.dtype, xp.floating):
-        x = x.astype(float)
-    last = x.shape[x.ndim - len(tail) :] if x.ndim >= len(tail) else ()
-    if len(last) != len(tail) or any(t not in (None, n) for t, n in zip(tail, last, strict=True)):
-        wanted = ", ".join("n" if t is None else str(t) for t in tail)
-        raise ValueError(f"{name} has shape {list(x.shape)}; expected [..., {wanted}]")
-    return x
-
-
-def _require(ok, name, x, expected):
-    """Raise one sentence about the first element whose `ok` is False."""
-    if not ok.all():
-        index = np.unravel_index(np.argmin(ok), ok.shape)
-        at = f"[{', '.join(str(i) for i in index)}]" if index else ""
-        raise ValueError(f"{name}{at} is {x[index].tolist()}; expected {expected}")
-
-
-def _lengths(x):
-    """Norms float64[...] of vectors NumPy [..., n]; too long for float64 is inf."""
-    with np.errstate(over="ignore"):
-        return np.linalg.norm(x.astype(np.float64), axis=-1)
-
-
-def _is_rotation(x):
-    x = x.astype(np.float64)
-    with np.errstate(all="ignore"):
-        error = np.abs(np.swapaxes(x, -1, -2) @ x - np.eye(3)).max((-1, -2))
-        return (error <= TOLERANCE) & (np.linalg.det(x) > 0)
-
-
-def _quat(xp, name, x):
-    """`x` as unit quaternions."""
-    x = _array(xp, name, x, 4)
-    if xp is not np:
-        return x / _norm(xp, x)
-    norm = np.sqrt(np.einsum("...i,...i->...", x, x))  # einsum: overflow is inf, without a warning
-    ok = np.abs(norm - 1) <= TOLERANCE
-    _require(ok, name, x, f"a unit quaternion wxyz (norm within {TOLERANCE} of 1)")
-    return x / norm[..., None]
-
-
-def _rotmat(xp, name, x):
-    x = _array(xp, name, x, 3, 3)
-    if xp is np:
-        expected = f"a rotation matrix (orthonormal within {TOLERANCE}, determinant +1)"
-        _require(_is_rotation(x), name, x, expected)
-    return x
-
-
-def _pose(xp, name, x):
-    x = _array(xp, name, x, 4, 4)
-    if xp is np:
-        ok = _is_rotation(x[..., :3, :3]) & np.isfinite(x[..., 3]).all(-1)
-        ok &= (x[..., 3, :] == [0, 0, 0, 1]).all(-1)
-        expected = f"a pose: rotation orthonormal within {TOLERANCE}, last row [0, 0, 0, 1]"
-        _require(ok, name, x, expected)
-    return x
-
-
-def _vector(xp, name, x):
-    x = _array(xp, name, x, 3)
-    if xp is np:
-        _require(np.isfinite(x).all(-1), name, x, "finite numbers")
-    return x
-
-
-def _norm(xp, x):
-    return xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True))
-
-
-def _same_rank(a, b, tail):
-    """`a` and `b`, whose last `tail` axes are their own, with equally many leading axes."""
-    lead = max(a.ndim, b.ndim) - tail
-    return tuple(x.reshape((1,) * (lead + tail - x.ndim) + x.shape) for x in (a, b))
-
-
-def _matmul(xp, a, b):
-    """Matrix product by sums of products: accelerators round `@` to less than float32."""
-    a, b = _same_rank(a, b, 2)
-    return xp.sum(a[..., :, :, None] * b[..., None, :, :], axis=-2)
-
-
-def _atan2(xp, y, x):
-    """arctan2 whose value and gradient at (0, 0) are 0."""
-    nowhere = (x == 0) & (y == 0)
-    return xp.where(nowhere, 0.0, xp.arctan2(y, xp.where(nowhere, 1.0, x)))
 
 
 # Quaternions and rotation vectors
@@ -127,23 +40,23 @@ def _atan2(xp, y, x):
 def quat_from_xyzw(quat):
     """Reorder float[..., 4] xyzw (scipy, ROS, most data sets) to wxyz."""
     xp = array_namespace(quat)
-    return xp.roll(_array(xp, "quat", quat, 4), 1, axis=-1)
+    return xp.roll(as_floating(xp, "quat", quat, 4), 1, axis=-1)
 
 
 def quat_to_xyzw(quat):
     """Reorder float[..., 4] wxyz to xyzw."""
     xp = array_namespace(quat)
-    return xp.roll(_array(xp, "quat", quat, 4), -1, axis=-1)
+    return xp.roll(as_floating(xp, "quat", quat, 4), -1, axis=-1)
 
 
 def normalize_quat(quat):
     """Unit quaternions float[..., 4] of any others but zero."""
     xp = array_namespace(quat)
-    quat = _array(xp, "quat", quat, 4)
+    quat = as_floating(xp, "quat", quat, 4)
     if xp is np:
-        ok = (_lengths(quat) >= 1e-6) & (_lengths(quat) <= 1e6)
-        _require(ok, "quat", quat, "a quaternion wxyz with a norm in 1e-6 .. 1e6")
-    return quat / _norm(xp, quat)
+        ok = (lengths(quat) >= 1e-6) & (lengths(quat) <= 1e6)
+        require(ok, "quat", quat, "a quaternion wxyz with a norm in 1e-6 .. 1e6")
+    return quat / norm(xp, quat)
 
 
 def continuous_quat(quat):
@@ -156,7 +69,7 @@ def continuous_quat(quat):
         float[..., T, 4]: the first has w >= 0, each other lies in the hemisphere of the one before.
     """
     xp = array_namespace(quat)
-    quat = _quat(xp, "quat", _array(xp, "quat", quat, None, 4))
+    quat = as_quat(xp, "quat", as_floating(xp, "quat", quat, None, 4))
     dots = xp.sum(quat[..., 1:, :] * quat[..., :-1, :], axis=-1)
     flips = xp.concatenate([quat[..., :1, 0], dots], axis=-1) < 0
     odd = xp.cumsum(flips, axis=-1) % 2 == 1
@@ -166,7 +79,7 @@ def continuous_quat(quat):
 def quat_conjugate(quat):
     """The inverse rotation of float[..., 4] wxyz."""
     xp = array_namespace(quat)
-    return _conjugate(xp, _quat(xp, "quat", quat))
+    return _conjugate(xp, as_quat(xp, "quat", quat))
 
 
 def _conjugate(xp, quat):
@@ -176,11 +89,11 @@ def _conjugate(xp, quat):
 def quat_multiply(first, second):
     """float[..., 4] wxyz of the matrix product first @ second."""
     xp = array_namespace(first, second)
-    return _multiply(xp, _quat(xp, "first", first), _quat(xp, "second", second))
+    return _multiply(xp, as_quat(xp, "first", first), as_quat(xp, "second", second))
 
 
 def _multiply(xp, first, second):
-    first, second = _same_rank(first, second, 1)
+    first, second = same_rank(first, second, 1)
     a, b, c, d = (first[..., i] for i in range(4))
     w, x, y, z = (second[..., i] for i in range(4))
     return xp.stack(
@@ -197,7 +110,7 @@ def _multiply(xp, first, second):
 def quat_to_rotmat(quat):
     """Rotation matrix float[..., 3, 3] of float[..., 4] wxyz."""
     xp = array_namespace(quat)
-    return _quat_to_rotmat(xp, _quat(xp, "quat", quat))
+    return _quat_to_rotmat(xp, as_quat(xp, "quat", quat))
 
 
 def _quat_to_rotmat(xp, quat):
@@ -217,7 +130,7 @@ def _matrix(xp, rows):
 def rotmat_to_quat(rotmat):
     """float[..., 4] wxyz with w >= 0 of float[..., 3, 3]."""
     xp = array_namespace(rotmat)
-    return _rotmat_to_quat(xp, _rotmat(xp, "rotmat", rotmat))
+    return _rotmat_to_quat(xp, as_rotmat(xp, "rotmat", rotmat))
 
 
 def _rotmat_to_quat(xp, rotmat):
@@ -242,14 +155,14 @@ def _rotmat_to_quat(xp, rotmat):
     )
     largest = xp.argmax(xp.stack(squares, axis=-1), axis=-1)
     quat = xp.take_along_axis(rows, largest[..., None, None], axis=-2)[..., 0, :]
-    quat = quat / _norm(xp, quat)
+    quat = quat / norm(xp, quat)
     return xp.where(quat[..., :1] < 0, -quat, quat)
 
 
 def rotvec_to_quat(rotvec):
     """float[..., 4] wxyz of a rotation vector float[..., 3], axis times angle."""
     xp = array_namespace(rotvec)
-    return _rotvec_to_quat(xp, _vector(xp, "rotvec", rotvec))
+    return _rotvec_to_quat(xp, as_vector(xp, "rotvec", rotvec))
 
 
 def _rotvec_to_quat(xp, rotvec):
@@ -264,7 +177,7 @@ def _rotvec_to_quat(xp, rotvec):
 def quat_to_rotvec(quat):
     """Rotation vector float[..., 3] of float[..., 4] wxyz, angle in [0, pi]."""
     xp = array_namespace(quat)
-    return _quat_to_rotvec(xp, _quat(xp, "quat", quat))
+    return _quat_to_rotvec(xp, as_quat(xp, "quat", quat))
 
 
 def _quat_to_rotvec(xp, quat):
@@ -306,11 +219,11 @@ def euler_to_rotmat(angles, axes, sense):
     """
     xp = array_namespace(angles)
     axes = _axes(axes, sense)
-    angles = _vector(xp, "angles", angles)
+    angles = as_vector(xp, "angles", angles)
     if sense == "extrinsic":
         axes, angles = axes[::-1], angles[..., ::-1]
     first, second, third = (_turn(xp, axis, angles[..., n]) for n, axis in enumerate(axes))
-    return _matmul(xp, _matmul(xp, first, second), third)
+    return matmul(xp, matmul(xp, first, second), third)
 
 
 def rotmat_to_euler(rotmat, axes, sense):
@@ -333,25 +246,25 @@ def rotmat_to_euler(rotmat, axes, sense):
     """
     xp = array_namespace(rotmat)
     axes = _axes(axes, sense)
-    rotmat = _rotmat(xp, "rotmat", rotmat)
+    rotmat = as_rotmat(xp, "rotmat", rotmat)
     i, j, k = axes if sense == "intrinsic" else axes[::-1]
     other = 3 - i - j
     sign = 1 if (j - i) % 3 == 1 else -1
     rows = [[rotmat[..., m, n] for n in range(3)] for m in range(3)]
     if i == k:
-        first = _atan2(xp, rows[j][i], -sign * rows[other][i])
+        first = atan2(xp, rows[j][i], -sign * rows[other][i])
     else:
-        first = _atan2(xp, -sign * rows[j][k], rows[k][k])
+        first = atan2(xp, -sign * rows[j][k], rows[k][k])
     # Undo the first turn: what is left are the second and the third, exact even in gimbal lock.
     cos, sin = xp.cos(first), sign * xp.sin(first)
     row_j = [cos * a + sin * b for a, b in zip(rows[j], rows[other], strict=True)]
     row_o = [cos * b - sin * a for a, b in zip(rows[j], rows[other], strict=True)]
     if i == k:
-        second = _atan2(xp, -sign * row_o[i], rows[i][i])
-        third = _atan2(xp, -sign * row_j[other], row_j[j])
+        second = atan2(xp, -sign * row_o[i], rows[i][i])
+        third = atan2(xp, -sign * row_j[other], row_j[j])
     else:
-        second = _atan2(xp, sign * rows[i][k], row_o[k])
-        third = _atan2(xp, sign * row_j[i], row_j[j])
+        second = atan2(xp, sign * rows[i][k], row_o[k])
+        third = atan2(xp, sign * row_j[i], row_j[j])
     angles = [first, second, third]
     return xp.stack(angles if sense == "intrinsic" else angles[::-1], axis=-1)
 
@@ -384,7 +297,7 @@ def _turn(xp, axis, angle):
 def rotmat_to_rmat6d(rotmat, by="columns"):
     """First two columns, [R[:, 0]; R[:, 1]], or rows of a rotation: float[..., 6] (Zhou et al.)."""
     xp = array_namespace(rotmat)
-    rotmat = _rotmat(xp, "rotmat", rotmat)
+    rotmat = as_rotmat(xp, "rotmat", rotmat)
     if _by(by) == "columns":
         rotmat = xp.swapaxes(rotmat, -1, -2)
     return rotmat[..., :2, :].reshape(*rotmat.shape[:-2], 6)
@@ -405,18 +318,18 @@ def rmat6d_to_rotmat(rmat6d, by="columns"):
     """
     xp = array_namespace(rmat6d)
     _by(by)
-    rmat6d = _array(xp, "rmat6d", rmat6d, 6)
+    rmat6d = as_floating(xp, "rmat6d", rmat6d, 6)
     if xp is np:
-        _require(
+        require(
             _spans_plane(rmat6d),
             "rmat6d",
             rmat6d,
             "two independent vectors with norms in 1e-6 .. 1e6",
         )
-    first = rmat6d[..., :3] / _norm(xp, rmat6d[..., :3])
-    second = rmat6d[..., 3:] / _norm(xp, rmat6d[..., 3:])
+    first = rmat6d[..., :3] / norm(xp, rmat6d[..., :3])
+    second = rmat6d[..., 3:] / norm(xp, rmat6d[..., 3:])
     second = second - first * xp.sum(first * second, axis=-1, keepdims=True)
-    second = second / _norm(xp, second)
+    second = second / norm(xp, second)
     rows = xp.stack([first, second, xp.cross(first, second)], axis=-2)
     return xp.swapaxes(rows, -1, -2) if by == "columns" else rows
 
@@ -430,10 +343,10 @@ def _by(by):
 def _spans_plane(rmat6d):
     """Both vectors have a norm in 1e-6 .. 1e6 and the angle between them is above 1e-6."""
     a, b = np.split(rmat6d.astype(np.float64), 2, axis=-1)
-    lengths = np.stack([_lengths(a), _lengths(b)])
+    sizes = np.stack([lengths(a), lengths(b)])
     with np.errstate(all="ignore"):
-        sine = _lengths(np.cross(a, b)) / lengths.prod(0)
-        return ((lengths >= 1e-6) & (lengths <= 1e6)).all(0) & (sine > 1e-6)
+        sine = lengths(np.cross(a, b)) / sizes.prod(0)
+        return ((sizes >= 1e-6) & (sizes <= 1e6)).all(0) & (sine > 1e-6)
 
 
 # Interpolation
@@ -451,7 +364,7 @@ def slerp(start, end, fraction):
         float[..., 4] wxyz, in the hemisphere of `start`.
     """
     xp = array_namespace(start, end, fraction)
-    start, end = _quat(xp, "start", start), _quat(xp, "end", end)
+    start, end = as_quat(xp, "start", start), as_quat(xp, "end", end)
     arc = _quat_to_rotvec(xp, _multiply(xp, _conjugate(xp, start), end))
     return _multiply(xp, start, _rotvec_to_quat(xp, _scaled(xp, arc, fraction)))
 
@@ -468,19 +381,19 @@ def interpolate_pose(start, end, fraction):
         float[..., 4, 4].
     """
     xp = array_namespace(start, end, fraction)
-    start, end = _same_rank(_pose(xp, "start", start), _pose(xp, "end", end), 2)
+    start, end = same_rank(as_pose(xp, "start", start), as_pose(xp, "end", end), 2)
     path = _scaled(xp, end[..., :3, 3] - start[..., :3, 3], fraction)
-    turn = _matmul(xp, xp.swapaxes(start[..., :3, :3], -1, -2), end[..., :3, :3])
+    turn = matmul(xp, xp.swapaxes(start[..., :3, :3], -1, -2), end[..., :3, :3])
     turn = _rotvec_to_quat(
         xp, _scaled(xp, _quat_to_rotvec(xp, _rotmat_to_quat(xp, turn)), fraction)
     )
-    position = sum(_same_rank(start[..., :3, 3], path, 1))
-    return _join(xp, position, _matmul(xp, start[..., :3, :3], _quat_to_rotmat(xp, turn)))
+    position = sum(same_rank(start[..., :3, 3], path, 1))
+    return _join(xp, position, matmul(xp, start[..., :3, :3], _quat_to_rotmat(xp, turn)))
 
 
 def _scaled(xp, vector, fraction):
     """Product of vector [..., n] and fraction [...], in the vector's dtype."""
-    vector, fraction = _same_rank(vector, xp.asarray(fraction, vector.dtype)[..., None], 1)
+    vector, fraction = same_rank(vector, xp.asarray(fraction, vector.dtype)[..., None], 1)
     return vector * fraction
 
 
@@ -490,11 +403,11 @@ def _scaled(xp, vector, fraction):
 def make_pose(position, rotmat):
     """float[..., 4, 4] of position float[..., 3], metres, and rotation float[..., 3, 3]."""
     xp = array_namespace(position, rotmat)
-    return _join(xp, _vector(xp, "position", position), _rotmat(xp, "rotmat", rotmat))
+    return _join(xp, as_vector(xp, "position", position), as_rotmat(xp, "rotmat", rotmat))
 
 
 def _join(xp, position, rotmat):
-    column, rotmat = _same_rank(position[..., None], rotmat, 2)
+    column, rotmat = same_rank(position[..., None], rotmat, 2)
     lead = np.broadcast_shapes(column.shape[:-2], rotmat.shape[:-2])
     top = xp.concatenate(
         [xp.broadcast_to(rotmat, (*lead, 3, 3)), xp.broadcast_to(column, (*lead, 3, 1))], axis=-1
@@ -506,24 +419,24 @@ def _join(xp, position, rotmat):
 def compose(first, second):
     """T_a_c of T_a_b and T_b_c, float[..., 4, 4] each."""
     xp = array_namespace(first, second)
-    return _matmul(xp, _pose(xp, "first", first), _pose(xp, "second", second))
+    return matmul(xp, as_pose(xp, "first", first), as_pose(xp, "second", second))
 
 
 def inverse(pose):
     """T_b_a of T_a_b, float[..., 4, 4]."""
     xp = array_namespace(pose)
-    pose = _pose(xp, "pose", pose)
+    pose = as_pose(xp, "pose", pose)
     back = xp.swapaxes(pose[..., :3, :3], -1, -2)
-    return _join(xp, -_matmul(xp, back, pose[..., :3, 3:])[..., 0], back)
+    return _join(xp, -matmul(xp, back, pose[..., :3, 3:])[..., 0], back)
 
 
 def relative(pose, other):
     """T_b_c of T_a_b and T_a_c, float[..., 4, 4] each: `other` seen from `pose`."""
     xp = array_namespace(pose, other)
-    pose, other = _same_rank(_pose(xp, "pose", pose), _pose(xp, "other", other), 2)
+    pose, other = same_rank(as_pose(xp, "pose", pose), as_pose(xp, "other", other), 2)
     back = xp.swapaxes(pose[..., :3, :3], -1, -2)
-    position = _matmul(xp, back, other[..., :3, 3:] - pose[..., :3, 3:])[..., 0]
-    return _join(xp, position, _matmul(xp, back, other[..., :3, :3]))
+    position = matmul(xp, back, other[..., :3, 3:] - pose[..., :3, 3:])[..., 0]
+    return _join(xp, position, matmul(xp, back, other[..., :3, :3]))
 
 
 def relative_chunk(pose, future):
@@ -540,8 +453,8 @@ def relative_chunk(pose, future):
         ValueError: a rotation block is not orthonormal within `TOLERANCE`.
     """
     xp = array_namespace(pose, future)
-    pose = _array(xp, "pose", pose, 4, 4)
-    return relative(pose[..., None, :, :], _array(xp, "future", future, None, 4, 4))
+    pose = as_floating(xp, "pose", pose, 4, 4)
+    return relative(pose[..., None, :, :], as_floating(xp, "future", future, None, 4, 4))
 
 
 def absolute_chunk(pose, chunk):
@@ -558,5 +471,5 @@ def absolute_chunk(pose, chunk):
         ValueError: a rotation block is not orthonormal within `TOLERANCE`.
     """
     xp = array_namespace(pose, chunk)
-    pose = _array(xp, "pose", pose, 4, 4)
-    return compose(pose[..., None, :, :], _array(xp, "chunk", chunk, None, 4, 4))
+    pose = as_floating(xp, "pose", pose, 4, 4)
+    return compose(pose[..., None, :, :], as_floating(xp, "chunk", chunk, None, 4, 4))
