@@ -18,6 +18,7 @@ from gear_jax.data.tfrecord import DataError
 
 MAX_BINS = 16384  # of one column; 17 bytes a bin
 
+_SMALL, _GRAIN = 2.0**-16, 2.0**-24  # below the former, bins are multiples of the latter
 _LARGEST = 1e100  # a greater number is no measurement, and its square may overflow
 _BLOCK = 1 << 17  # entries summed at a time
 _SIGN = np.uint64(1 << 63)
@@ -245,6 +246,9 @@ _NO_KEYS, _NO_COUNTS, _NO_FLAGS = np.empty(0, np.uint64), np.empty(0, np.int64),
 class _Bins:
     """Histogram of one column: entries whose keys agree but for the last `shift` bits share a bin.
 
+    Entries below `_SMALL` are rounded to `_GRAIN` once anything is coarsened: a simulator at rest
+    spreads nothing over forty octaves, and would leave few bins to each of those that matter.
+
     `shift` is the smallest that leaves at most MAX_BINS bins. It, and so the bins, depend only on
     the set of entries, not on their order or parts: more entries never make fewer bins at any
     shift, hence no part ever needs a larger shift than the whole, and nothing is coarsened early.
@@ -268,10 +272,14 @@ def _to_keys(values):
     return np.where(bits & _SIGN, ~bits, bits | _SIGN)
 
 
+def _from_keys(keys):
+    """The inverse of `_to_keys`."""
+    return np.where(keys & _SIGN, keys ^ _SIGN, ~keys).view(np.float64)
+
+
 def _from_key(key):
-    """The inverse of `_to_keys`, for one key."""
-    key = np.uint64(key)
-    return float((key ^ _SIGN if key & _SIGN else ~key).view(np.float64))
+    """The number of one key."""
+    return float(_from_keys(np.uint64(key)))
 
 
 def _merge(one, two):
@@ -280,6 +288,8 @@ def _merge(one, two):
     counts = np.concatenate([one.counts, two.counts])[order]
     single = np.concatenate([one.single, two.single])[order]
     bins = _coarsen(keys[order], counts, single, max(one.shift, two.shift))
+    if len(bins.keys) > MAX_BINS and not bins.shift:
+        bins = _coarsen(bins.keys, bins.counts, bins.single, 1)
     if len(bins.keys) <= MAX_BINS:
         return bins
     # at a shift s, neighbours stay apart if they differ by 2^s or above: MAX_BINS - 1 pairs may
@@ -291,6 +301,11 @@ def _coarsen(keys, counts, single, shift):
     """`_Bins` from ascending keys, equal ones allowed."""
     if not len(keys):
         return _Bins(shift)
+    if shift:
+        numbers = _from_keys(keys)
+        grained = np.round(numbers / _GRAIN) * _GRAIN + 0.0  # -0.0 is 0
+        rounded = _to_keys(np.where(np.abs(numbers) < _SMALL, grained, numbers))
+        keys, single = rounded, single & (rounded == keys)
     apart = (keys[1:] >> shift) != (keys[:-1] >> shift)
     starts = np.concatenate([[0], np.flatnonzero(apart) + 1])
     ends = np.concatenate([starts[1:], [len(keys)]]) - 1
@@ -310,8 +325,9 @@ def _quantile(bins, q, count, largest):
             num = int(bins.counts[index])
             last = int(bins.keys[index]) | ((1 << bins.shift) - 1)
             width = np.fmin(_from_key(last), largest) - value
+            width += _GRAIN if abs(value) < _SMALL else 0.0
             errors[index] = num / count, width
-            value += width * (whole - int(ends[index]) + num) / (num - 1)
+            value += width * (whole - int(ends[index]) + num) / max(num - 1, 1)
         found.append(value)
     rank_error, value_error = (
         sum(error) for error in zip((0.0, 0.0), *errors.values(), strict=True)

@@ -331,8 +331,7 @@ def _quantile_rules(s):
     # widens the std itself so far that none lies beyond sqrt(n) of it.
     spread, middle = s.q99 - s.q01, (s.q01 + s.q99) / 2
     far = np.maximum(s.max - middle, middle - s.min)
-    # where an arm rests at one height again and again, many entries share a narrow bin: harmless
-    unsure = (s.rank_error > 1e-3) & (s.value_error > 5e-3 * spread)
+    unsure = (s.rank_error > 1e-3) & (s.value_error > 1e-3 * spread)
     return {
         "from {min:g} to {max:g}, more than 1000 deviations from q01 {q01:g} and q99 {q99:g}: "
         "outliers?": (spread > 0) & (far > 1000 * spread / 4.65),
