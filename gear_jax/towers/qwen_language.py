@@ -121,11 +121,11 @@ class QwenLanguage(nn.Module):
             tokens; taps [len(taps), B, T, D].
         """
         c = self.cfg
-        init = nn.initializers.normal(c.embed_std)
-        x = self.param("embed", init, (c.vocab_size, c.width), c.param_dtype)[tokens]
+        embed = nn.initializers.normal(c.embed_std)
+        x = self.param("embed", embed, (c.vocab_size, c.width), c.param_dtype)[tokens]
         if not c.tied_head:
-            init = nn.initializers.normal(0.02)
-            self.param("head", init, (c.vocab_size, c.width), c.param_dtype)
+            head = nn.initializers.normal(0.02)
+            self.param("head", head, (c.vocab_size, c.width), c.param_dtype)
         x = x.astype(c.dtype)
         if inserts is not None:
             rows = jnp.maximum(insert_index, 0)[..., None]

@@ -90,3 +90,25 @@ def test_a_tied_model_has_no_head_and_uses_its_embedding():
     assert "head" not in made
     hidden = jnp.eye(16)[None]
     np.testing.assert_array_equal(vocabulary_logits(made, hidden)[0], made["embed"].T)
+
+
+def test_initial_values_are_as_wide_as_the_config_says():
+    """`embed_std` of the embedding; `residual_scale` of what writes to the residual stream."""
+
+    def made(**changes):
+        cfg = dataclasses.replace(CFG, width=64, mlp_dim=128, vocab_size=512, **changes)
+        return QwenLanguage(cfg).init(jax.random.key(0), TOKENS, POSITIONS, ONES)["params"]
+
+    plain, wide = made(), made(embed_std=0.1, residual_scale=0.3)
+    assert np.std(plain["embed"]) == pytest.approx(0.02, rel=0.05)
+    np.testing.assert_allclose(wide["embed"], 5 * plain["embed"], rtol=1e-5)
+    found = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(plain["layers"]):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        other = wide["layers"]
+        for key in path:
+            other = other[key.key]
+        scale = 0.3 if name.endswith(("o/kernel", "down/kernel")) else 1.0
+        np.testing.assert_allclose(other, scale * leaf, rtol=1e-5, err_msg=name)
+        found |= {name} if scale != 1 else set()
+    assert len(found) == 2

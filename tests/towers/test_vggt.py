@@ -82,3 +82,22 @@ def test_position_embeddings_are_kept_when_the_grid_fits_and_resized_when_not():
 def test_sides_that_are_no_multiple_of_a_patch_are_refused(params):
     with pytest.raises(ValueError, match="images of 28 x 40 px do not split into patches of 14 px"):
         Vggt(CFG).apply(params, IMAGES[:, :, :, :40])
+
+
+def test_dino_places_begin_as_wide_as_the_config_says():
+    def made(**changes):
+        dino = Dinov2Config(depth=1, width=64, num_heads=2, mlp_dim=64, pos_embed_grid=8, **changes)
+        cfg = dataclasses.replace(CFG, width=64, dino=dino)
+        tree = Vggt(cfg).init(jax.random.key(0), jnp.zeros((1, 1, 14, 14, 3)))["params"]
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    plain, wide = made(), made(pos_embed_std=0.5)
+    changed = [name for name in plain if not np.array_equal(plain[name], wide[name])]
+    assert changed
+    for name in changed:
+        assert "pos_embed" in name
+        assert np.std(plain[name]) == pytest.approx(0.02, rel=0.1)
+        np.testing.assert_allclose(wide[name], 25 * plain[name], rtol=1e-5)
