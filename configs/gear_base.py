@@ -148,6 +148,7 @@ def _model(size):
         "kv_sources": ("latent",),
         "drops": "mixed",
         "flow_weight": 1.0,
+        "flow_draws": 1,
         "flow_steps": 10,
         "joint_grad": False,
         "train_vision": False,

@@ -65,6 +65,8 @@ class GearConfig:
             ablation.
         drops: key of `DROPS`.
         flow_weight: of the flow loss beside the cross-entropy.
+        flow_draws: noises of each chunk in a train step. The VLM runs once for all of them, and the
+            expert is small beside it (CogACT trains with 8).
         flow_steps: Euler steps of `act`.
         most_labels: labelled tokens that a row may have: latent and FAST blocks, or an answer.
         joint_grad: let the flow loss reach the VLM (an ablation; the paper stops it).
@@ -82,6 +84,7 @@ class GearConfig:
     kv_sources: tuple[str, ...] = ("latent",)
     drops: str = "mixed"
     flow_weight: float = 1.0
+    flow_draws: int = 1
     flow_steps: int = 10
     most_labels: int = 512
     joint_grad: bool = False
@@ -293,16 +296,18 @@ def token_loss(params, cfg, batch, hidden):
 def flow_loss(params, cfg, batch, cached, rng):
     """Eq. 2 on what `latent_cache` gave."""
     noise_rng, tau_rng = jax.random.split(rng)
-    action = batch["action"].astype(jnp.float32)
+    again = functools.partial(jnp.repeat, repeats=cfg.flow_draws)
+    action, valid, place, robot = (
+        again(batch[key], axis=0)
+        for key in ("action", "action_mask", "chunk_position", "embodiment_id")
+    )
+    cache, mask = jax.tree.map(lambda x: again(x, axis=1), cached[0]), again(cached[1], axis=0)
+    action = action.astype(jnp.float32)
     noise = jax.random.normal(noise_rng, action.shape)
     tau = flow.sample_tau(tau_rng, action.shape[:1])
-    cache, mask = cached
-    made = velocity(
-        params, cfg, cache, flow.noised(action, noise, tau), tau, batch["chunk_position"],
-        mask, batch["embodiment_id"],
-    )  # fmt: skip
+    made = velocity(params, cfg, cache, flow.noised(action, noise, tau), tau, place, mask, robot)
     there = mask.any(axis=1)[:, None, None]
-    return flow.flow_loss(made, flow.target(action, noise), batch["action_mask"] & there)
+    return flow.flow_loss(made, flow.target(action, noise), valid & there)
 
 
 def say_latents(params, cfg, batch, hidden, kv):

@@ -188,7 +188,7 @@ def model_config(model: Mapping[str, Any]) -> GearConfig:
         vocab_used=used,
         **{key: model[key] for key in (
             "latents", "latent_pattern", "prompt_tokens", "kv_sources", "drops", "flow_weight",
-            "flow_steps", "most_labels", "joint_grad")},
+            "flow_draws", "flow_steps", "most_labels", "joint_grad")},
     )  # fmt: skip
 
 

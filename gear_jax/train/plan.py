@@ -178,5 +178,5 @@ def flops_per_sample(
     attention = 2.0 * language.depth * language.num_heads * language.head_dim * tokens**2
     total += 3 * (dense + attention)
     if expert is not None:
-        total += 3 * 2.0 * weights("expert/.*kernel") * expert.chunk_len
+        total += 3 * 2.0 * weights("expert/.*kernel") * expert.chunk_len * cfg.flow_draws
     return total

@@ -127,6 +127,23 @@ def _flow(cfg):
     return value
 
 
+def test_more_draws_are_the_mean_over_repeated_rows(cfg, params, batch):
+    """Each chunk noised three times; the VLM runs once."""
+    thrice = dataclasses.replace(cfg, flow_draws=3)
+    _, kv = gear.prefill(params, cfg, batch)
+    cache, mask = gear.latent_cache(cfg, kv, batch)
+    rows = {
+        key: jnp.repeat(batch[key], 3, axis=0)
+        for key in ("action", "action_mask", "chunk_position", "embodiment_id")
+    }
+    repeated = [jnp.repeat(x, 3, axis=1) for x in cache], jnp.repeat(mask, 3, axis=0)
+    key = jax.random.key(5)
+    once = gear.flow_loss(params, cfg, rows, repeated, key)
+    made = gear.flow_loss(params, thrice, batch, (cache, mask), key)
+    np.testing.assert_array_equal(made, once)
+    assert made != gear.flow_loss(params, cfg, batch, (cache, mask), key)
+
+
 @pytest.fixture(scope="module")
 def flow_grads(cfg, params, batch):
     open_cfg = dataclasses.replace(cfg, joint_grad=True)
