@@ -33,6 +33,7 @@ VARIANTS = {
     "drop_state": lambda c: c.model.update(drops="state"),
     "joint_grad": lambda c: c.model.update(joint_grad=True),
     "lora": lambda c: _lora(c),
+    "fast_latents": lambda c: c.model.update(fast_sees="latents"),  # ours
 }
 
 
@@ -147,6 +148,7 @@ def _model(size):
         "prompt_tokens": 0,
         "kv_sources": ("latent",),
         "drops": "mixed",
+        "fast_sees": "all",
         "flow_weight": 1.0,
         "flow_draws": 1,
         "flow_steps": 10,

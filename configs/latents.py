@@ -49,6 +49,7 @@ def get_config(size="full"):
         "window": "cumulative",
         "mode": "transitions",
         "quantizer": "ema",
+        "target_pool": 1,
         "attention": "xla",
         "remat": "attention",
         "dtype": "bfloat16",

@@ -4,15 +4,16 @@
     python -m launch.train --config configs/quickstart.py:policy --workdir runs/quickstart/policy
 
 Stages, each beginning where the one before ended: "vlm" (small 2D, 3D and language towers learn to
-point; the result ships as configs/quickstart_vlm, in the place of the released Qwen2.5-VL and
-VGGT), "latents", "pretrain", "policy". Towers, losses and loop are those of the full size. A
-variant of gear_base.py may follow: `:policy,wo_latent`.
+point), "spatial" (and where things are from the hand; the result ships as configs/quickstart_vlm,
+in the place of the released Qwen2.5-VL and VGGT), "latents", "pretrain", "policy". Towers, losses
+and loop are those of the full size. A variant of gear_base.py may follow: `:policy,wo_latent`.
 """
 
 from configs import gear_base, latents
 
-STAGES = ("vlm", "latents", "pretrain", "policy")
+STAGES = ("vlm", "spatial", "latents", "pretrain", "policy")
 ROOT = "runs/quickstart"
+QUESTIONS = ("points", "scenes", "offsets")
 VLM = "configs/quickstart_vlm"  # `launch.publish` wrote it
 
 
@@ -35,7 +36,7 @@ def get_config(arg="policy"):
     config.model.update(_MODEL)
     config.mesh.update(data=-1, fsdp=1)
     config.data.sets = {"tabletop": _robot()}
-    config.data.pools = {name: _pool(name) for name in ("points", "scenes")}
+    config.data.pools = {name: _pool(name) for name in QUESTIONS}
     config.data.augment = None
     config.data.update(
         hold_out=0.05, num_workers=1, random_side=False,
@@ -57,18 +58,27 @@ def _vlm(config):
     config.model.update(train_vision=True, drops="none", with_fast=False)
     config.model.projector.geometry_std = 0.07  # 3D features have nothing to disturb yet
     config.data.sets = {}
+    config.data.pools.offsets.weight = 0.0
     config.model.length = 248  # three questions a row
     config.data.update(hold_out=0.0, batch_size=16)
     config.monitor.every = 0
 
 
+def _spatial(config):
+    """The same towers, asked where things are from the hand as well."""
+    _vlm(config)
+    config.optim.update(lr=1e-3, schedule="cosine")
+    config.data.pools.offsets.weight = 3.0
+    config.init.update(run=f"{ROOT}/vlm", fresh=())
+
+
 def _pretrain(config):
-    _on_robots(config, "pretrain", num_steps=600, expert=False, pointing=0.25)
+    _on_robots(config, "pretrain", num_steps=1200, expert=False, pointing=0.25)
     config.init.update(published=VLM, fresh=("state/.*",))
 
 
 def _policy(config):
-    _on_robots(config, "policy", num_steps=900, expert=True, pointing=0.1)
+    _on_robots(config, "policy", num_steps=1800, expert=True, pointing=0.1)
     config.init.update(run=f"{ROOT}/pretrain", fresh=("expert/.*",))
 
 
@@ -77,17 +87,17 @@ def _on_robots(config, stage, *, num_steps, expert, pointing):
     config.stage = stage
     gear_base.optim(config, num_steps, 1e-3, expert=expert)
     config.optim.update(schedule="cosine", warmup_steps=50)
-    config.data.batch_size = 32
+    config.data.batch_size = 16
     config.data.sets.tabletop.weight = 1 - pointing
     for pool in config.data.pools.values():
-        pool.weight = pointing / len(config.data.pools)
+        pool.weight = pointing / len(QUESTIONS)
 
 
-_STAGES = {"vlm": _vlm, "pretrain": _pretrain, "policy": _policy}
+_STAGES = {"vlm": _vlm, "spatial": _spatial, "pretrain": _pretrain, "policy": _policy}
 
 _MODEL = {
     "tokenizer": "small", "image_size": 64, "length": 192, "real_tokens": 150,
-    "fast_length": 64, "most_labels": 96, "remat": "attention",
+    "fast_length": 64, "most_labels": 96, "flow_draws": 4, "fast_sees": "latents", "remat": "none",
     "language": {
         "depth": 3, "width": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 24,
         "mlp_dim": 256, "vocab_size": 1088, "rope_sections": (4, 4, 4), "tied_head": True,
@@ -121,12 +131,12 @@ def _robot():
 
 
 def _pool(name):
-    return {"path": f"{ROOT}/questions/{name}.jsonl", "weight": 0.5}
+    return {"path": f"{ROOT}/questions/{name}.jsonl", "weight": 1.0}
 
 
 def _latents():
     config = latents.get_config("shapes")
-    config.model.update(image_size=32, patch_size=8)
+    config.model.update(image_size=32, patch_size=8, target_pool=4)
     config.optim.update(num_steps=1500)
     config.loss.fade_steps = 400
     config.data.sets = {"tabletop": {

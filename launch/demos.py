@@ -14,6 +14,7 @@ be used, said in one sentence.
 
 import argparse
 import functools
+import multiprocessing
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -60,6 +61,27 @@ SIMULATORS: dict[str, Callable[[Any], Episodes]] = {
     for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 } | {"tabletop": _tabletop}
 NUM_JOINTS = {"tabletop": 4}  # LIBERO's arms have 7
+_INITS_AT_A_TIME = 8  # of the tabletop, in one worker; of LIBERO one task is
+
+
+def _episodes(args) -> Episodes:
+    """All episodes, in the same order for any number of workers."""
+    if args.workers == 1:
+        yield from SIMULATORS[args.sim](args)
+        return
+    name, size = ("inits", _INITS_AT_A_TIME) if args.sim == "tabletop" else ("tasks", 1)
+    numbers = getattr(args, name)
+    parts = [
+        argparse.Namespace(**{**vars(args), name: numbers[first : first + size]})
+        for first in range(0, len(numbers), size)
+    ]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        for made in pool.imap(_part, parts):
+            yield from made
+
+
+def _part(args) -> list:
+    return list(SIMULATORS[args.sim](args))
 
 
 def main(argv=None):
@@ -108,12 +130,15 @@ def _arguments(argv):
     parser.add_argument("--encoding", choices=("jpeg", "png"), default="jpeg")
     parser.add_argument("--noise", type=float, default=0.0, help="0 .. 1, of executed actions")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--workers", type=int, default=1, help="processes; the same episodes")
     args = parser.parse_args(argv)
     args.tasks, args.inits = _numbers("tasks", args.tasks), _numbers("inits", args.inits)
     if not 0 <= args.noise <= 1:
         raise ValueError(f"--noise {args.noise}: expected 0 .. 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected 0 or more")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: expected 1 or more")
     return args
 
 
@@ -138,7 +163,7 @@ def _write(args):
     )
     with writer, Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(args.sim, total=total)
-        for source, record in SIMULATORS[args.sim](args):
+        for source, record in _episodes(args):
             if record is None:
                 failed.append(source)
             else:

@@ -27,8 +27,10 @@ RUN = pathlib.Path(ROOT)
 NUM_SCENES = 8000  # that questions are asked about
 DEMONSTRATIONS = "1000:1200"  # initial states of each of the four tasks
 EVALUATED = "0:25"  # likewise: 100 episodes
+REPLAYED = "1000:1010"  # likewise, without noise: what the replay floor has
 _SET = f"{ROOT}/data/tabletop/1.0.0"
 _WORK = f"{ROOT}/data/work"
+_CLEAN = f"replay:tabletop:{ROOT}/clean/tabletop_clean/1.0.0:{ROOT}/clean/work"
 
 
 def main():
@@ -58,6 +60,9 @@ def plan(*, from_scratch):
                         "--scenes", NUM_SCENES)  # fmt: skip
     demos = _launch("demos", "--sim", "tabletop", "--tasks", "0:4", "--inits", DEMONSTRATIONS,
                     "--target", f"{ROOT}/data", "--name", "tabletop", "--noise", 0.7,
+                    "--encoding", "png", "--workers", 2)  # fmt: skip
+    clean = _launch("demos", "--sim", "tabletop", "--tasks", "0:4", "--inits", REPLAYED,
+                    "--target", f"{ROOT}/clean", "--name", "tabletop_clean", "--noise", 0,
                     "--encoding", "png")  # fmt: skip
     extract = _launch("extract", "--tokenizer", f"{ROOT}/latents", "--path", _SET,
                       "--row", "tabletop", "--work", _WORK, "--out", f"{ROOT}/ids",
@@ -67,11 +72,13 @@ def plan(*, from_scratch):
         published = f"{ROOT}/vlm_published"
         vlm = {
             "vlm": _train("vlm"),
-            "publish": publish(f"{ROOT}/vlm", published),
+            "spatial": _train("spatial"),
+            "publish": publish(f"{ROOT}/spatial", published),
         }
     return {
         "questions": questions,
         "demonstrations": demos,
+        "clean_demonstrations": clean,
         **vlm,
         "latents": _train("latents"),
         "extract": extract,
@@ -82,7 +89,7 @@ def plan(*, from_scratch):
             "other", f"{ROOT}/policy", "--options", json.dumps({"instruct": "other"})
         ),
         "evaluate_untrained": _evaluate("untrained", f"untrained:{ROOT}/policy"),
-        "evaluate_replay": _evaluate("replay", f"replay:tabletop:{_SET}:{_WORK}"),
+        "evaluate_replay": _evaluate("replay", _CLEAN),
     }
 
 

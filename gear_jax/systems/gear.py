@@ -42,6 +42,8 @@ DROPS = {
 }
 LATENTS = ("codes", "learned", "none")
 SOURCES = ("latent", "image", "state", "text")
+FAST_SEES = ("all", "latents")
+_PROMPT = 16  # a group beside those of data/sequences.py: whatever comes before the answer
 LOSSES = ("text", "latent", "fast")  # in the order of the blocks: 0, LATENT_BLOCK, FAST_BLOCK
 
 
@@ -64,6 +66,9 @@ class GearConfig:
         kv_sources: whose keys and values the expert sees; more than the latent tokens' is an
             ablation.
         drops: key of `DROPS`.
+        fast_sees: "latents": FAST tokens see the latent tokens and each other, not the prompt. What
+            the expert needs of the scene must then be in the keys and values that it reads, however
+            little of it the codes tell. Ours; "all" is the paper's.
         flow_weight: of the flow loss beside the cross-entropy.
         flow_draws: noises of each chunk in a train step. The VLM runs once for all of them, and the
             expert is small beside it (CogACT trains with 8).
@@ -83,6 +88,7 @@ class GearConfig:
     prompt_tokens: int = 0
     kv_sources: tuple[str, ...] = ("latent",)
     drops: str = "mixed"
+    fast_sees: str = "all"
     flow_weight: float = 1.0
     flow_draws: int = 1
     flow_steps: int = 10
@@ -106,6 +112,8 @@ class GearConfig:
             faults.append(f"latents is {self.latents!r}, expected one of {LATENTS}")
         if self.drops not in DROPS:
             faults.append(f"drops is {self.drops!r}, expected one of {tuple(DROPS)}")
+        if self.fast_sees not in FAST_SEES:
+            faults.append(f"fast_sees is {self.fast_sees!r}, expected one of {FAST_SEES}")
         if not self.kv_sources or not set(self.kv_sources) <= set(SOURCES):
             faults.append(f"kv_sources is {self.kv_sources}, expected some of {SOURCES}")
         if self.kv_sources == ("latent",) and self.latents == "none":
@@ -200,8 +208,18 @@ def prefill(params, cfg, batch, drops=None):
         # an expert that sees views and state itself has them dropped there (App. A, literally)
         least = LATENT_BLOCK if cfg.kv_sources == ("latent",) else FAST_BLOCK
         concealed = jnp.where(batch["acts"] >= least, drops[:, None], 0)
+    if cfg.fast_sees == "latents":
+        batch, concealed = _behind_latents(batch, 0 if concealed is None else concealed)
     hidden, kv, _ = vlm.forward(params, cfg.vlm, batch, inserts, hidden_groups=concealed)
     return hidden, kv
+
+
+def _behind_latents(batch, concealed):
+    """Hide the prompt from the FAST tokens of rows that have latent tokens."""
+    prompt = jnp.where(batch["acts"] == 0, _PROMPT, 0)
+    fast = (batch["acts"] >= FAST_BLOCK) & batch["latent_valid"].any(axis=1)[:, None]
+    batch = {**batch, "groups": batch["groups"] | prompt}
+    return batch, concealed | jnp.where(fast, _PROMPT, 0)
 
 
 def latent_cache(cfg, kv, batch, drops=None):

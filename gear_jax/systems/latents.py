@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gear_jax.towers.latent_action import LatentDecoder, LatentEncoder, patches
+from gear_jax.towers.latent_action import LatentDecoder, LatentEncoder, pixel_targets
 
 _TINY = 1e-6
 _LEAST_VAR = 1e-8  # of a latent that is the same in every clip
@@ -192,7 +192,7 @@ def loss(params, cfg, codebook, frames, mask, config, rng, targets=None):
     near = similarity(cfg, codebook, z)
     ids, codes, z = quantize(cfg, codebook, z)
     if targets is None:
-        targets = patches(frames, cfg.patch_size)
+        targets = pixel_targets(cfg, frames)
     first = jax.lax.stop_gradient(features[:, 0])
     hard = jnp.clip(codebook["steps"] / max(config.fade_steps, 1), float(not config.fade_steps), 1)
     codes = hard * codes + (1 - hard) * z  # what the decoder reads, and what pulls at z
@@ -317,7 +317,7 @@ def measure(params, cfg, codebook, frames, mask, targets=None):
     features, z = LatentEncoder(cfg).apply({"params": params["encoder"]}, frames)
     ids, codes, _ = quantize(cfg, codebook, standardize(codebook, z))
     if targets is None:
-        targets = patches(frames, cfg.patch_size)
+        targets = pixel_targets(cfg, frames)
     predict = functools.partial(decode, params, cfg, features[:, 0], targets[:, 0])
     error, copied = _errors(cfg, predict(codes), targets)
     shuffled, _ = _errors(cfg, predict(jnp.roll(codes, 1, axis=0)), targets)

@@ -12,7 +12,7 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce
 from jax.ad_checkpoint import checkpoint_name
 
 from gear_jax.towers import attention
@@ -38,7 +38,9 @@ class LatentActionConfig:
         window: what a transition sees: "cumulative", frames up to its end; "adjacent", its two.
         mode: "lapa" has one transition, from the first frame to the last.
         quantizer: "ema" codebook, or "fsq", which has none.
-        target_dim: numbers per patch of a given target; None for the pixels themselves.
+        target_dim: numbers per patch of a given target; None for pixels.
+        target_pool: the pixels of the target are means over squares of this side. Coarse ones are
+            learned sooner: where something is, before what it looks like.
     """
 
     image_size: int = 224
@@ -58,6 +60,7 @@ class LatentActionConfig:
     mode: str = "transitions"
     quantizer: str = "ema"
     target_dim: int | None = None
+    target_pool: int = 1
     attention: str = "xla"
     remat: str = "none"
     dtype: jnp.dtype = jnp.float32
@@ -83,6 +86,8 @@ class LatentActionConfig:
                           f"{self.codes_per_transition} entries")  # fmt: skip
         if sorted(set(self.group_pattern)) != list(range(self.num_groups)):
             faults.append(f"group_pattern {self.group_pattern}: expected groups 0, 1, ...")
+        if self.patch_size % self.target_pool:
+            faults.append(f"target_pool is {self.target_pool}, expected a divisor of {self.patch_size}")
         if self.image_size % self.patch_size or self.width % self.num_heads:
             faults.append("image_size must be patches, width must be heads")
         if self.quantizer == "fsq" and self.codes_per_group & (self.codes_per_group - 1):
@@ -115,7 +120,7 @@ class LatentActionConfig:
     @property
     def output_dim(self):
         """Numbers that the decoder says of each patch."""
-        return self.target_dim or 3 * self.patch_size**2
+        return self.target_dim or 3 * (self.patch_size // self.target_pool) ** 2
 
     def targets(self):
         """Frames that the decoder reconstructs, int[T]: the end of each transition."""
@@ -339,6 +344,13 @@ class LatentDecoder(nn.Module):
         )(_norm(c, "norm")(x).astype(jnp.float32))
         change = rearrange(change, "(b t) p d -> b t p d", b=batch)
         return base[:, None].astype(jnp.float32) + change
+
+
+def pixel_targets(cfg, frames):
+    """What the decoder reconstructs of frames [..., H, W, 3]: [..., P, output_dim]."""
+    pool = cfg.target_pool
+    coarse = reduce(frames, "... (r p) (c q) d -> ... r c d", "mean", p=pool, q=pool)
+    return patches(coarse, cfg.patch_size // pool)
 
 
 def patches(frames, patch_size):

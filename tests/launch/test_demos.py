@@ -70,6 +70,7 @@ def test_a_set_that_is_there_is_not_touched(tmp_path, capsys, fake):
         (["--inits", "1,,2"], "--inits '1,,2'"),
         (["--noise", "1.5"], "--noise 1.5: expected 0 .. 1"),
         (["--seed", "-1"], "--seed -1: expected 0 or more"),
+        (["--workers", "0"], "--workers 0: expected 1 or more"),
     ],
 )
 def test_wrong_flags_are_one_sentence(tmp_path, capsys, flags, said):
@@ -77,3 +78,15 @@ def test_wrong_flags_are_one_sentence(tmp_path, capsys, flags, said):
     assert _run(tmp_path, f"{name}={value}") == 4
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_workers_make_the_same_set(tmp_path):
+    pytest.importorskip("mujoco")
+    flags = ["--sim", "tabletop", "--tasks", "0:2", "--inits", "1000:1010", "--noise", "0.7"]
+    made = []
+    for workers in ("1", "2"):
+        folder = tmp_path / workers
+        assert demos.main([*flags, "--target", str(folder), "--workers", workers]) == 0
+        made.append({p.name: p.read_bytes() for p in sorted(folder.rglob("*.tfrecord*"))})
+    assert made[0]
+    assert made[0] == made[1]

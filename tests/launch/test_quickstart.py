@@ -39,7 +39,7 @@ def test_killed_it_goes_on_with_the_step_that_is_not_done(run, monkeypatch, caps
 
 def test_from_scratch_trains_the_vlm_and_begins_with_it():
     short, whole = (quickstart.plan(from_scratch=flag) for flag in (False, True))
-    assert set(whole) - set(short) == {"vlm", "publish"}
+    assert set(whole) - set(short) == {"vlm", "spatial", "publish"}
     assert f"--config.init.published={configs.VLM}" in short["pretrain"]
     target = whole["publish"][whole["publish"].index("--target") + 1]
     assert f"--config.init.published={target}" in whole["pretrain"]

@@ -127,6 +127,34 @@ def _flow(cfg):
     return value
 
 
+def test_fast_tokens_that_see_the_latents_alone(cfg, params, batch, prefill):
+    """With one layer there is no way round: the prompt has no influence, the latents have."""
+    language = dataclasses.replace(cfg.vlm.language, depth=1)
+    shallow = dataclasses.replace(cfg, vlm=dataclasses.replace(cfg.vlm, language=language),
+                                  expert=dataclasses.replace(cfg.expert, depth=1))  # fmt: skip
+    first = {**params, "language": {**params["language"], "layers": jax.tree.map(
+        lambda x: x[:1], params["language"]["layers"])}}  # fmt: skip
+    latents = batch["acts"] == 1
+    others = {
+        "prompt": {**batch, "images": batch["images"] // 2},
+        "latents": {**batch, "tokens": jnp.where(latents, batch["tokens"] + 1, batch["tokens"])},
+    }
+    behind = (batch["acts"] == 2) & batch["latent_valid"].any(axis=1)[:, None]
+    rest = (batch["acts"] == 2) & ~behind
+    assert behind.any()
+    for sees, name, moved in (
+        ("latents", "prompt", False), ("latents", "latents", True), ("all", "prompt", True),
+    ):  # fmt: skip
+        one = dataclasses.replace(shallow, fast_sees=sees)
+        run = jax.jit(lambda batch, one=one: gear.prefill(first, one, batch)[0])
+        same = (run(batch) == run(others[name])).all(axis=-1)
+        assert not same[behind].all() if moved else same[behind].all(), (sees, name)
+        if name == "prompt":  # a row without latents has nothing else to see
+            assert not same[rest].any()
+    with pytest.raises(ValueError, match="fast_sees is 'nothing'"):
+        dataclasses.replace(cfg, fast_sees="nothing")
+
+
 def test_more_draws_are_the_mean_over_repeated_rows(cfg, params, batch):
     """Each chunk noised three times; the VLM runs once."""
     thrice = dataclasses.replace(cfg, flow_draws=3)

@@ -7,7 +7,7 @@ import pytest
 
 from gear_jax.systems import latents
 from gear_jax.systems.latents import LatentLossConfig
-from gear_jax.towers.latent_action import LatentActionConfig, LatentEncoder, patches
+from gear_jax.towers.latent_action import LatentActionConfig, LatentEncoder, patches, pixel_targets
 
 CFG = LatentActionConfig(
     image_size=16, patch_size=8, width=32, num_heads=2, mlp_dim=48, encoder_depth=2, query_depth=1,
@@ -67,6 +67,30 @@ def test_a_frame_to_come_is_decoded_from_the_first_and_from_codes_up_to_it(made)
     before, after = decode(codes), decode(codes.at[:, 2].add(1.0))
     changed = np.asarray((before != after).any(axis=(0, 2, 3)))
     assert changed.tolist() == [False, False, True, True, True]
+
+
+def test_a_coarse_target_is_the_mean_of_squares_of_pixels():
+    cfg = dataclasses.replace(CFG, target_pool=4)
+    frames = np.asarray(_frames(2))
+    made = np.asarray(pixel_targets(cfg, frames))
+    assert made.shape == (2, 6, 4, cfg.output_dim) == (2, 6, 4, 12)
+    for patch, square in ((0, 0), (1, 3), (3, 2)):  # row by row, in patches and within
+        (row, column), (down, right) = divmod(patch, 2), divmod(square, 2)
+        top, left = 8 * row + 4 * down, 8 * column + 4 * right
+        mean = frames[:, :, top : top + 4, left : left + 4].mean(axis=(2, 3))
+        found = made[:, :, patch, 3 * square : 3 * square + 3]
+        np.testing.assert_allclose(found, mean, atol=1e-6)
+    np.testing.assert_array_equal(pixel_targets(CFG, frames), patches(frames, 8))
+
+
+def test_a_tokenizer_of_coarse_targets_learns_and_is_measured_on_them():
+    cfg = dataclasses.replace(CFG, target_pool=4)
+    params, codebook = latents.init(cfg, jax.random.key(0))
+    mask = jnp.ones((3, 5), bool)
+    value, _ = latents.loss(params, cfg, codebook, _frames(), mask, CONFIG, jax.random.key(1))
+    assert np.isfinite(value)
+    sums = latents.measure(params, cfg, codebook, _frames(), mask)
+    assert latents.summary(sums)["reconstruction"] == pytest.approx(1, abs=0.05)  # it copies
 
 
 def test_at_the_start_the_decoder_copies_the_first_frame():
@@ -248,6 +272,7 @@ def test_choices_that_make_no_sense_are_refused():
         ({"image_size": 17}, "image_size must be patches"),
         ({"quantizer": "fsq", "codes_per_group": 6}, "a power of two codes"),
         ({"num_frames": 1}, "num_frames is 1"),
+        ({"target_pool": 3}, "target_pool is 3, expected a divisor of 8"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             dataclasses.replace(CFG, **changes)

@@ -156,5 +156,5 @@ def encode(image: Image, encoding: str = "jpeg") -> bytes:
     if encoding == "jpeg":
         return simplejpeg.encode_jpeg(stored, quality=_JPEG_QUALITY)
     buffer = io.BytesIO()
-    PilImage.fromarray(stored).save(buffer, format="PNG")
+    PilImage.fromarray(stored).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

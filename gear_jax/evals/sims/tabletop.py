@@ -69,7 +69,7 @@ class Scene:
 def draw_scene(colour: str, init: int, num_blocks: int = 3) -> Scene:
     """The initial state of a number; the same on every machine."""
     rng = np.random.default_rng([list(COLOURS).index(colour), init])
-    hand = np.append(_START, 0) + rng.uniform(-1, 1, 4) * (0.05, 0.05, 0.015, 0.2)
+    hand = np.append(_START, 0) + rng.uniform(-1, 1, 4) * (0.09, 0.09, 0.015, 0.2)
     phrase = _PHRASES[rng.integers(len(_PHRASES))]
     others = rng.permutation([one for one in COLOURS if one != colour])[: num_blocks - 1]
     places: list[np.ndarray] = []
@@ -131,7 +131,7 @@ class TabletopSimulator:
         """What the numbers depend on."""
         mujoco = _mujoco()
         return {
-            "simulator": "gear_jax tabletop 2",
+            "simulator": "gear_jax tabletop 3",
             "mujoco": mujoco.__version__,
             "renderer": self.backend,
             "cameras": {view: [self.image_size] * 2 for view in ("head", "right_wrist")},
@@ -169,7 +169,7 @@ class TabletopSimulator:
         mujoco = _mujoco()
         self.scene = draw_scene(colour, init)
         self._build(rng)
-        self._data.qpos[:4] = rng.uniform((-0.12, -0.12, 0.02, -0.4), (0.12, 0.12, 0.18, 0.4))
+        self._data.qpos[:4] = rng.uniform((-0.12, -0.12, 0.02, -0.4), (0.12, 0.12, 0.14, 0.4))
         self._data.qpos[4:6] = rng.uniform(0.4, 1) * FINGER_OPEN
         mujoco.mj_forward(self._model, self._data)
 
@@ -200,8 +200,7 @@ class TabletopSimulator:
     def pose(self) -> np.ndarray:
         """T_base_ee float64[4, 4]: between the finger tips, looking down."""
         x, y, z, yaw = self._data.qpos[:4]
-        turn = geometry.euler_to_rotmat(np.array([yaw, 0.0, np.pi]), "zyx", "intrinsic")
-        return geometry.make_pose(np.array([x, y, z]), turn)
+        return looking_down(np.array([x, y, z]), yaw)
 
     def block(self) -> np.ndarray:
         """The named block's x, y, z and yaw, float64[4]: for the expert, not for a policy."""
@@ -222,6 +221,11 @@ class TabletopSimulator:
         seen = rotation.T @ (self._data.qpos[start : start + 3] - self._data.cam_xpos[camera])
         focal = 0.5 / np.tan(np.deg2rad(self._model.cam_fovy[camera]) / 2)
         return self.image_size * (0.5 + focal * np.array([seen[0], -seen[1]]) / -seen[2])
+
+    def offset(self, block: int) -> np.ndarray:
+        """Where a block's centre is from the hand, float64[3], metres along the hand's own axes."""
+        start, hand = 6 + 7 * block, self.pose()
+        return (self._data.qpos[start : start + 3] - hand[:3, 3]) @ hand[:3, :3]
 
     def close(self) -> None:
         """Give the renderer back."""
@@ -299,6 +303,13 @@ class TabletopSimulator:
             noise = self._noise.normal(0, 12.0 * strength, image.shape)
             image = np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
         return image
+
+
+def looking_down(position: np.ndarray, yaw: float) -> np.ndarray:
+    """A pose float64[4, 4] whose z axis points down; the expert asks for many."""
+    cos, sin = np.cos(yaw), np.sin(yaw)
+    turn = np.array([[cos, sin, 0.0], [sin, -cos, 0.0], [0.0, 0.0, -1.0]])
+    return geometry.make_pose(position, turn)
 
 
 def _mujoco() -> Any:

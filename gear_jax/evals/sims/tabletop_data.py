@@ -15,6 +15,7 @@ from gear_jax.evals.sims.tabletop_expert import Pushes, TabletopExpert
 
 NUM_JOINTS = embodiment("tabletop_gantry").joints["right"]
 _AFTER = 6  # control steps recorded after success: hold on
+_OVER = (0.06, 0.08)  # metres: one way down for all runs would be a spike in the statistics
 _SHORTEST = 8  # control steps of a part that is kept
 _FIRST_QUESTION = 1_000_000  # initial states from here on are asked about
 
@@ -68,7 +69,8 @@ def _demonstrate(simulator, task, init, noise, seed, encoding):
     simulator.reset(task, init)
     if noise:
         _wander(simulator, rng)
-    expert, push, left = TabletopExpert(simulator), Pushes(rng, size=noise), None
+    expert = TabletopExpert(simulator, rng.uniform(*_OVER))
+    push, left = Pushes(rng, size=noise), None
     parts: list[Recorder] = []
     pushed = True  # the first step begins a part
     for _ in range(MAX_STEPS):
@@ -110,14 +112,16 @@ def _wander(simulator, rng):
 
 
 def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda done: None) -> None:
-    """Records (docs/vision_language.md) of random scenes: where each block is, and what is where.
+    """Records (docs/vision_language.md) of random scenes, about their places.
 
-    The hand is anywhere, at any height, so that the model has seen what a policy will see. A
-    description names the blocks of a scene in random order, each before its place: without it, a
-    model from nothing does not learn which colour was asked for (docs/quickstart.md).
+    points: where is the red block? scenes: where is what? offsets: the same from the hand, whole
+    centimetres along its own x and y, with the wrist view. The hand is anywhere, at any height, so
+    that the model has seen what a policy will see. The last two name the blocks in random order,
+    each before its place: without such descriptions, a model from nothing does not learn which
+    colour was asked for (docs/quickstart.md).
 
     Args:
-        folder: points.jsonl, scenes.jsonl and images/ appear in it; the images come first.
+        folder: points.jsonl, scenes.jsonl, offsets.jsonl and images/ appear in it; images first.
         num_scenes: images.
         seed: of hands and scenes.
         progress: told the number of scenes done.
@@ -126,31 +130,35 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
     (folder / "images").mkdir(parents=True, exist_ok=True)
     simulator = TabletopSimulator()
     rng, order = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-    points, scenes = [], []
+    points, scenes, offsets = [], [], []
     for number in range(num_scenes):
         colour = list(COLOURS)[number % len(COLOURS)]
         simulator.place(colour, _FIRST_QUESTION + seed * num_scenes + number, rng)
-        image = simulator.observe().images["head"]
-        about = {"images": [f"images/{number:06d}.png"]}
-        cv2.imwrite(str(folder / about["images"][0]), image[..., ::-1])
-        said = []
+        images = [f"images/{number:06d}.png", f"images/{number:06d}_wrist.png"]
+        for file, view in zip(images, simulator.observe().images.values(), strict=True):
+            cv2.imwrite(str(folder / file), view[..., ::-1])
+        name, seen, felt = f"tabletop/{seed}/{number}", [], []
         for block, its in enumerate(simulator.scene.colours):
             place = np.clip(simulator.pixel(block), 0, simulator.image_size - 1)
             x, y = (round(float(value)) for value in place)
-            name = f"tabletop/{seed}/{number}/{its}"
             points.append(
-                {"id": name, "type": "object_point", "label": f"{its} block", "points": [[x, y]]}
-                | about
-            )
-            said.append(f"{its} block [{x}, {y}]")
-        answer = ", ".join(order.permutation(said))
-        scenes.append(
-            {"id": f"tabletop/{seed}/{number}", "type": "understanding_qa",
-             "question": "Where is what?", "answer": answer} | about
-        )  # fmt: skip
+                {"id": f"{name}/{its}", "type": "object_point", "label": f"{its} block",
+                 "points": [[x, y]], "images": images[:1]}
+            )  # fmt: skip
+            seen.append(f"{its} block [{x}, {y}]")
+            x, y = (round(100 * float(value)) for value in simulator.offset(block)[:2])
+            felt.append(f"{its} block [{x}, {y}]")
+        turn = order.permutation(len(seen))
+        about = {"id": name, "type": "understanding_qa"}
+        for records, asked, said, shown in (
+            (scenes, "Where is what?", seen, images[:1]),
+            (offsets, "Where is what from the hand?", felt, images),
+        ):
+            answer = ", ".join(said[block] for block in turn)
+            records.append({**about, "question": asked, "answer": answer, "images": shown})
         progress(number + 1)
     simulator.close()
-    for name, records in (("scenes", scenes), ("points", points)):
+    for name, records in (("offsets", offsets), ("scenes", scenes), ("points", points)):
         partial = folder / f".{name}.partial"
         partial.write_text("".join(json.dumps(record) + "\n" for record in records))
         partial.rename(folder / f"{name}.jsonl")

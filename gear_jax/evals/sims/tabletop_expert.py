@@ -7,27 +7,35 @@ action now and then (as in DART), so that demonstrations show how to come back.
 import numpy as np
 
 from gear_jax import geometry
+from gear_jax.evals.sims.tabletop import looking_down
 
-_OVER, _LIFT = 0.07, 0.12  # metres above the table, of the finger tips
+_LIFT = 0.12  # metres above the table, of the finger tips
 _GRASP = 0.018
 _CLOSE_STEPS = 6
 _GAIN = 6.0
-_SPEED = 0.3  # of the controller's greatest: a policy that is asked three times a second can follow
+# of the controller's greatest, in each phase: a policy that is asked three times a second can
+# follow, and the way to the block is as much of a run as the way up
+_SPEEDS = (0.25, 0.4, 0.4, 0.4)
 
 
 class TabletopExpert:
     """One episode's worth of decisions; `act` is called once a control step."""
 
-    def __init__(self, simulator):
-        """Begin above the block of the simulator's present episode."""
-        self.simulator = simulator
+    def __init__(self, simulator, over: float = 0.07):
+        """Begin above the block of the simulator's present episode.
+
+        Args:
+            simulator: TabletopSimulator.
+            over: metres above the table, from where the hand goes down.
+        """
+        self.simulator, self.over = simulator, over
         self.phase, self.steps = 0, 0
 
     def act(self) -> np.ndarray:
         """The next clean action, float32[7], of OscServo's kind."""
         pose, block = self.simulator.pose(), self.simulator.block()
         x, y = block[:2]
-        height = (_OVER, _GRASP, _GRASP, _LIFT)[self.phase]
+        height = (self.over, _GRASP, _GRASP, _LIFT)[self.phase]
         # a block looks the same after a quarter turn
         yaw = (block[3] + np.pi / 4) % (np.pi / 2) - np.pi / 4
         near = np.hypot(*(pose[:2, 3] - block[:2]))
@@ -35,8 +43,7 @@ class TabletopExpert:
             height = max(height, _GRASP + 0.04) if near < 0.01 else height
         if self.phase == 3:
             x, y = self._grasped
-        turn = geometry.euler_to_rotmat(np.array([yaw, 0.0, np.pi]), "zyx", "intrinsic")
-        target = geometry.make_pose(np.array([x, y, height]), turn)
+        target = looking_down(np.array([x, y, height]), yaw)
         action = self._servo(pose, target)
         action[6] = 1.0 if self.phase >= 2 else -1.0
         self.steps += 1
@@ -53,10 +60,10 @@ class TabletopExpert:
         return action
 
     def _servo(self, pose, target):
-        error = target[:3, 3] - pose[:3, 3]
+        error, speed = target[:3, 3] - pose[:3, 3], _SPEEDS[self.phase]
         turn = geometry.rotmat_to_rotvec(target[:3, :3] @ pose[:3, :3].T)
         action = np.zeros(7, np.float32)
-        action[:3] = np.clip(_GAIN * error / 0.05 * 0.35, -_SPEED, _SPEED)
+        action[:3] = np.clip(_GAIN * error / 0.05 * 0.35, -speed, speed)
         action[3:6] = np.clip(turn / 0.5, -1, 1)
         return action
 

@@ -42,8 +42,10 @@ _XML = """
           <joint name="z" type="slide" axis="0 0 1" range="0.008 0.35"/>
           <body name="hand" gravcomp="1">
             <joint name="yaw" type="hinge" axis="0 0 1" range="-2 2" armature="0.005"/>
-            <geom name="palm" type="box" size="0.007 0.05 0.006" pos="0 0 0.056" mass="0.2"
-                  rgba="0.9 0.9 0.9 1"/>
+            <geom name="palm" type="box" size="0.002 0.05 0.002" pos="0 0 0.054" mass="0.1"
+                  rgba="0.25 0.25 0.25 1"/>
+            <geom name="body" type="box" size="0.022 0.022 0.008" pos="0 0 0.066" mass="0.1"
+                  rgba="0.95 0.95 0.95 1"/>
             <camera name="right_wrist" pos="-0.075 0 0.10" xyaxes="0 -1 0 0.8 0 0.6" fovy="70"/>
             {fingers}
           </body>

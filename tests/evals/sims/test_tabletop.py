@@ -144,6 +144,7 @@ def test_a_run_is_cut_where_the_hand_was_pushed(monkeypatch):
     assert pushed
     assert not kept & {tuple(action) for action in pushed}
     assert kept <= done
+    assert kept <= {tuple(action) for action in meant}  # nor is anything from before the expert
     ends = []
     for source, record in made:
         assert len(record["steps/action"]) >= 8
@@ -204,9 +205,11 @@ def test_the_chunks_of_demonstrations_lift_the_block_again(prepared, simulator):
 
 def test_questions_are_records_that_the_pipeline_takes(tmp_path):
     tabletop_data.write_questions(tmp_path, 6)
-    pool, scenes = Pool(tmp_path / "points.jsonl"), Pool(tmp_path / "scenes.jsonl")
-    assert (len(pool), len(scenes)) == (18, 6)
-    assert not [*pool.check(), *scenes.check()]
+    pool, scenes, offsets = (
+        Pool(tmp_path / f"{name}.jsonl") for name in ("points", "scenes", "offsets")
+    )
+    assert (len(pool), len(scenes), len(offsets)) == (18, 6, 6)
+    assert not [*pool.check(), *scenes.check(), *offsets.check()]
     records = [pool.record(number) for number in range(18)]
     points = np.array([record["points"][0] for record in records])
     assert ((points >= 0) & (points < 64)).all()
@@ -216,3 +219,17 @@ def test_questions_are_records_that_the_pipeline_takes(tmp_path):
         said = {f"{one['label']} {one['points'][0]}" for one in three}
         assert set(re.findall(r"\w+ block \[\d+, \d+\]", scenes.record(number)["answer"])) == said
         assert {one["images"][0] for one in three} == {scenes.record(number)["images"][0]}
+        felt = offsets.record(number)
+        assert felt["images"][0] == scenes.record(number)["images"][0]
+        assert len(felt["images"]) == 2
+        named = [re.findall(r"(\w+) block", one["answer"]) for one in (felt, scenes.record(number))]
+        assert named[0] == named[1]
+
+
+def test_an_offset_is_seen_from_the_hand(simulator):
+    """Along the hand's own axes, of which the third points down."""
+    simulator.reset("pick_red", 3)
+    offset = geometry.make_pose(simulator.offset(0), np.eye(3))
+    place = geometry.compose(simulator.pose(), offset)
+    np.testing.assert_allclose(place[:3, 3], simulator.block()[:3], atol=1e-9)
+    assert simulator.offset(0)[2] > 0
