@@ -87,7 +87,9 @@ class LatentActionConfig:
         if sorted(set(self.group_pattern)) != list(range(self.num_groups)):
             faults.append(f"group_pattern {self.group_pattern}: expected groups 0, 1, ...")
         if self.patch_size % self.target_pool:
-            faults.append(f"target_pool is {self.target_pool}, expected a divisor of {self.patch_size}")
+            faults.append(
+                f"target_pool is {self.target_pool}, expected a divisor of {self.patch_size}"
+            )
         if self.image_size % self.patch_size or self.width % self.num_heads:
             faults.append("image_size must be patches, width must be heads")
         if self.quantizer == "fsq" and self.codes_per_group & (self.codes_per_group - 1):
