@@ -13,7 +13,7 @@ from configs import gear_base, latents
 
 STAGES = ("vlm", "spatial", "latents", "pretrain", "policy")
 ROOT = "runs/quickstart"
-QUESTIONS = ("points", "scenes", "offsets")
+QUESTIONS = ("points", "scenes", "offsets", "ways")
 VLM = "configs/quickstart_vlm"  # `launch.publish` wrote it
 
 
@@ -58,7 +58,7 @@ def _vlm(config):
     config.model.update(train_vision=True, drops="none", with_fast=False)
     config.model.projector.geometry_std = 0.07  # 3D features have nothing to disturb yet
     config.data.sets = {}
-    config.data.pools.offsets.weight = 0.0
+    config.data.pools.offsets.weight = config.data.pools.ways.weight = 0.0
     config.model.length = 248  # three questions a row
     config.data.update(hold_out=0.0, batch_size=16)
     config.monitor.every = 0
@@ -67,8 +67,10 @@ def _vlm(config):
 def _spatial(config):
     """The same towers, asked where things are from the hand as well."""
     _vlm(config)
-    config.optim.update(lr=1e-3, schedule="cosine")
-    config.data.pools.offsets.weight = 3.0
+    config.optim.update(num_steps=3000, lr=1e-3, schedule="cosine")
+    config.model.length = 144
+    config.data.pools.offsets.weight = 2.0
+    config.data.pools.ways.weight = 4.0
     config.init.update(run=f"{ROOT}/vlm", fresh=())
 
 

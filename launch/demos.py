@@ -110,7 +110,7 @@ def _questions(argv):
         write_questions(
             args.target, args.scenes, seed=args.seed, progress=lambda done: progress.advance(bar)
         )
-    print(f"{args.scenes} scenes: {args.target}/points.jsonl, scenes.jsonl")
+    print(f"{args.scenes} scenes: {args.target}")
     return 0
 
 

@@ -43,7 +43,7 @@ _SETTLE = 4  # control steps
 _SPREAD = 0.085  # metres from the middle that a block may lie
 _APART = 0.075  # metres between blocks
 _START = np.array([0.0, 0.0, 0.08])  # the hand's mean start: the head camera sees it
-_PHRASES = ("pick up the {} block", "lift the {} block", "grab the {} block and lift it",
+PHRASES = ("pick up the {} block", "lift the {} block", "grab the {} block and lift it",
             "take the {} block")  # fmt: skip
 _REPHRASED = ("get me the {} one", "raise that {} cube off the table", "I want the {} block, up!",
               "could you please pick the {} cube", "hoist the block that is {}")  # fmt: skip
@@ -70,7 +70,7 @@ def draw_scene(colour: str, init: int, num_blocks: int = 3) -> Scene:
     """The initial state of a number; the same on every machine."""
     rng = np.random.default_rng([list(COLOURS).index(colour), init])
     hand = np.append(_START, 0) + rng.uniform(-1, 1, 4) * (0.09, 0.09, 0.015, 0.2)
-    phrase = _PHRASES[rng.integers(len(_PHRASES))]
+    phrase = PHRASES[rng.integers(len(PHRASES))]
     others = rng.permutation([one for one in COLOURS if one != colour])[: num_blocks - 1]
     places: list[np.ndarray] = []
     while len(places) < num_blocks:
@@ -123,7 +123,7 @@ class TabletopSimulator:
     def tasks(self) -> Sequence[Task]:
         """One for each colour."""
         return [
-            Task("tabletop", f"pick_{colour}", _PHRASES[0].format(colour), NUM_INITS, MAX_STEPS)
+            Task("tabletop", f"pick_{colour}", PHRASES[0].format(colour), NUM_INITS, MAX_STEPS)
             for colour in COLOURS
         ]
 

@@ -10,7 +10,13 @@ import numpy as np
 
 from gear_jax.data.embodiments import embodiment
 from gear_jax.evals.sims.recording import Recorder
-from gear_jax.evals.sims.tabletop import COLOURS, MAX_STEPS, NUM_INITS, TabletopSimulator
+from gear_jax.evals.sims.tabletop import (
+    COLOURS,
+    MAX_STEPS,
+    NUM_INITS,
+    PHRASES,
+    TabletopSimulator,
+)
 from gear_jax.evals.sims.tabletop_expert import Pushes, TabletopExpert
 
 NUM_JOINTS = embodiment("tabletop_gantry").joints["right"]
@@ -115,13 +121,15 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
     """Records (docs/vision_language.md) of random scenes, about their places.
 
     points: where is the red block? scenes: where is what? offsets: the same from the hand, whole
-    centimetres along its own x and y, with the wrist view. The hand is anywhere, at any height, so
-    that the model has seen what a policy will see. The last two name the blocks in random order,
-    each before its place: without such descriptions, a model from nothing does not learn which
-    colour was asked for (docs/quickstart.md).
+    centimetres along its own x and y, with the wrist view. ways: an instruction, and where its
+    block is from the hand, along all three axes. The hand is anywhere, at any height, so that the
+    model has seen what a policy will see. scenes and offsets name the blocks in random order, each
+    before its place: without such descriptions, a model from nothing does not learn which colour
+    was asked for (docs/quickstart.md).
 
     Args:
-        folder: points.jsonl, scenes.jsonl, offsets.jsonl and images/ appear in it; images first.
+        folder: points.jsonl, scenes.jsonl, offsets.jsonl, ways.jsonl and images/ appear in it;
+            images first.
         num_scenes: images.
         seed: of hands and scenes.
         progress: told the number of scenes done.
@@ -130,7 +138,7 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
     (folder / "images").mkdir(parents=True, exist_ok=True)
     simulator = TabletopSimulator()
     rng, order = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-    points, scenes, offsets = [], [], []
+    points, scenes, offsets, ways = [], [], [], []
     for number in range(num_scenes):
         colour = list(COLOURS)[number % len(COLOURS)]
         simulator.place(colour, _FIRST_QUESTION + seed * num_scenes + number, rng)
@@ -146,8 +154,13 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
                  "points": [[x, y]], "images": images[:1]}
             )  # fmt: skip
             seen.append(f"{its} block [{x}, {y}]")
-            x, y = (round(100 * float(value)) for value in simulator.offset(block)[:2])
+            x, y, z = (round(100 * float(value)) for value in simulator.offset(block))
             felt.append(f"{its} block [{x}, {y}]")
+            told = PHRASES[order.integers(len(PHRASES))].format(its)
+            ways.append(
+                {"id": f"{name}/{its}", "type": "understanding_qa",
+                 "question": f"{told}: which way?", "answer": f"[{x}, {y}, {z}]", "images": images}
+            )  # fmt: skip
         turn = order.permutation(len(seen))
         about = {"id": name, "type": "understanding_qa"}
         for records, asked, said, shown in (
@@ -158,7 +171,12 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
             records.append({**about, "question": asked, "answer": answer, "images": shown})
         progress(number + 1)
     simulator.close()
-    for name, records in (("offsets", offsets), ("scenes", scenes), ("points", points)):
+    for name, records in (
+        ("ways", ways),
+        ("offsets", offsets),
+        ("scenes", scenes),
+        ("points", points),
+    ):
         partial = folder / f".{name}.partial"
         partial.write_text("".join(json.dumps(record) + "\n" for record in records))
         partial.rename(folder / f"{name}.jsonl")

@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -11,7 +12,13 @@ from gear_jax.data.rlds_writer import RldsWriter
 from gear_jax.data.windows import make_window
 from gear_jax.evals.sims import tabletop_data
 from gear_jax.evals.sims.recording import columns
-from gear_jax.evals.sims.tabletop import AXES, MAX_STEPS, TabletopSimulator, draw_scene
+from gear_jax.evals.sims.tabletop import (
+    AXES,
+    COLOURS,
+    MAX_STEPS,
+    TabletopSimulator,
+    draw_scene,
+)
 from gear_jax.evals.sims.tabletop_expert import TabletopExpert
 from gear_jax.policy.execution import targets
 from gear_jax.types import ActionSpec
@@ -205,11 +212,11 @@ def test_the_chunks_of_demonstrations_lift_the_block_again(prepared, simulator):
 
 def test_questions_are_records_that_the_pipeline_takes(tmp_path):
     tabletop_data.write_questions(tmp_path, 6)
-    pool, scenes, offsets = (
-        Pool(tmp_path / f"{name}.jsonl") for name in ("points", "scenes", "offsets")
+    pool, scenes, offsets, ways = (
+        Pool(tmp_path / f"{name}.jsonl") for name in ("points", "scenes", "offsets", "ways")
     )
-    assert (len(pool), len(scenes), len(offsets)) == (18, 6, 6)
-    assert not [*pool.check(), *scenes.check(), *offsets.check()]
+    assert (len(pool), len(scenes), len(offsets), len(ways)) == (18, 6, 6, 18)
+    assert not [*pool.check(), *scenes.check(), *offsets.check(), *ways.check()]
     records = [pool.record(number) for number in range(18)]
     points = np.array([record["points"][0] for record in records])
     assert ((points >= 0) & (points < 64)).all()
@@ -224,6 +231,11 @@ def test_questions_are_records_that_the_pipeline_takes(tmp_path):
         assert len(felt["images"]) == 2
         named = [re.findall(r"(\w+) block", one["answer"]) for one in (felt, scenes.record(number))]
         assert named[0] == named[1]
+        for block in range(3):
+            way = ways.record(3 * number + block)
+            [colour] = [one for one in COLOURS if one in way["question"]]
+            x, y, _ = json.loads(way["answer"])
+            assert f"{colour} block [{x}, {y}]" in felt["answer"]
 
 
 def test_an_offset_is_seen_from_the_hand(simulator):
