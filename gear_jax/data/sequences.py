@@ -21,6 +21,7 @@ from gear_jax.types import VIEWS
 
 # Groups of keys, as bits: what modality dropping can hide.
 OTHER, HEAD, WRIST, STATE, LATENT = 0, 1, 2, 4, 8
+PROMPT = 16  # all before the answer, whatever else it is; rows do not say it, `acts` does
 # Which block of the answer a token is of; modality dropping concerns both of them.
 LATENT_BLOCK, FAST_BLOCK = 1, 2
 _VIEW_GROUPS = {"head": HEAD, "left_wrist": WRIST, "right_wrist": WRIST}

@@ -23,6 +23,7 @@ from gear_jax.data.sequences import (
     LATENT,
     LATENT_BLOCK,
     OTHER,
+    PROMPT,
     STATE,
     WRIST,
 )
@@ -43,7 +44,6 @@ DROPS = {
 LATENTS = ("codes", "learned", "none")
 SOURCES = ("latent", "image", "state", "text")
 FAST_SEES = ("all", "latents")
-_PROMPT = 16  # a group beside those of data/sequences.py: whatever comes before the answer
 LOSSES = ("text", "latent", "fast")  # in the order of the blocks: 0, LATENT_BLOCK, FAST_BLOCK
 
 
@@ -216,10 +216,10 @@ def prefill(params, cfg, batch, drops=None):
 
 def _behind_latents(batch, concealed):
     """Hide the prompt from the FAST tokens of rows that have latent tokens."""
-    prompt = jnp.where(batch["acts"] == 0, _PROMPT, 0)
+    prompt = jnp.where(batch["acts"] == 0, PROMPT, 0)
     fast = (batch["acts"] >= FAST_BLOCK) & batch["latent_valid"].any(axis=1)[:, None]
     batch = {**batch, "groups": batch["groups"] | prompt}
-    return batch, concealed | jnp.where(fast, _PROMPT, 0)
+    return batch, concealed | jnp.where(fast, PROMPT, 0)
 
 
 def latent_cache(cfg, kv, batch, drops=None):

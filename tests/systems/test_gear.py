@@ -114,6 +114,16 @@ def prefill(cfg):
     return jax.jit(lambda params, batch, drops: gear.prefill(params, cfg, batch, drops))
 
 
+@pytest.fixture(scope="module")
+def shallow(cfg, params):
+    """Config and parameters of one layer of language."""
+    language = dataclasses.replace(cfg.vlm.language, depth=1)
+    one = dataclasses.replace(cfg, vlm=dataclasses.replace(cfg.vlm, language=language),
+                              expert=dataclasses.replace(cfg.expert, depth=1))  # fmt: skip
+    layers = jax.tree.map(lambda x: x[:1], params["language"]["layers"])
+    return one, {**params, "language": {**params["language"], "layers": layers}}
+
+
 NONE = jnp.zeros(ROWS, jnp.int32)
 VLM = ("vision", "geometry", "projector", "language", "state")
 
@@ -127,13 +137,10 @@ def _flow(cfg):
     return value
 
 
-def test_fast_tokens_that_see_the_latents_alone(cfg, params, batch, prefill):
+def test_fast_tokens_that_see_the_latents_alone(shallow, batch):
     """With one layer there is no way round: the prompt has no influence, the latents have."""
-    language = dataclasses.replace(cfg.vlm.language, depth=1)
-    shallow = dataclasses.replace(cfg, vlm=dataclasses.replace(cfg.vlm, language=language),
-                                  expert=dataclasses.replace(cfg.expert, depth=1))  # fmt: skip
-    first = {**params, "language": {**params["language"], "layers": jax.tree.map(
-        lambda x: x[:1], params["language"]["layers"])}}  # fmt: skip
+    cfg, first = shallow
+    batch = {**batch, "latent_valid": batch["latent_valid"].at[2].set(False)}
     latents = batch["acts"] == 1
     others = {
         "prompt": {**batch, "images": batch["images"] // 2},
@@ -142,10 +149,11 @@ def test_fast_tokens_that_see_the_latents_alone(cfg, params, batch, prefill):
     behind = (batch["acts"] == 2) & batch["latent_valid"].any(axis=1)[:, None]
     rest = (batch["acts"] == 2) & ~behind
     assert behind.any()
+    assert rest.any()
     for sees, name, moved in (
         ("latents", "prompt", False), ("latents", "latents", True), ("all", "prompt", True),
     ):  # fmt: skip
-        one = dataclasses.replace(shallow, fast_sees=sees)
+        one = dataclasses.replace(cfg, fast_sees=sees)
         run = jax.jit(lambda batch, one=one: gear.prefill(first, one, batch)[0])
         same = (run(batch) == run(others[name])).all(axis=-1)
         assert not same[behind].all() if moved else same[behind].all(), (sees, name)
@@ -232,20 +240,15 @@ def test_e2_the_weight_of_the_flow_loss_leaves_the_vlm_bitwise_the_same(cfg, par
     assert sum(moved) > len(moved) // 2
 
 
-def test_e4_what_is_dropped_is_hidden_from_the_action_tokens_directly(cfg, params, batch, prefill):
+def test_e4_what_is_dropped_is_hidden_from_the_action_tokens_directly(shallow, batch):
     """With one layer of language there is no way round: a dropped view has no influence."""
-    language = dataclasses.replace(cfg.vlm.language, depth=1)
-    shallow = dataclasses.replace(cfg, vlm=dataclasses.replace(cfg.vlm, language=language),
-                                  expert=dataclasses.replace(cfg.expert, depth=1))  # fmt: skip
-    first = {**params, "language": {**params["language"], "layers": jax.tree.map(
-        lambda x: x[:1], params["language"]["layers"])}}  # fmt: skip
-    run = jax.jit(lambda batch, drops: gear.prefill(first, shallow, batch, drops)[0])
+    cfg, first = shallow
     changed = {
         WRIST: {**batch, "images": batch["images"].at[:, 1:].add(60)},
         STATE: {**batch, "state": {**batch["state"], "joints": batch["state"]["joints"] + 1.0}},
     }
     # VGGT mixes the views, so the head view is not independent of the wrists: leave it out
-    flat = dataclasses.replace(shallow, vlm=dataclasses.replace(shallow.vlm, geometry=None))
+    flat = dataclasses.replace(cfg, vlm=dataclasses.replace(cfg.vlm, geometry=None))
     run = jax.jit(lambda batch, drops: gear.prefill(first, flat, batch, drops)[0])
     acts = np.asarray(batch["acts"]).astype(bool)
     for group, other in changed.items():

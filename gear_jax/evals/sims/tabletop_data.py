@@ -21,7 +21,6 @@ from gear_jax.evals.sims.tabletop_expert import Pushes, TabletopExpert
 
 NUM_JOINTS = embodiment("tabletop_gantry").joints["right"]
 _AFTER = 6  # control steps recorded after success: hold on
-_OVER = (0.06, 0.08)  # metres: one way down for all runs would be a spike in the statistics
 _SHORTEST = 8  # control steps of a part that is kept
 _FIRST_QUESTION = 1_000_000  # initial states from here on are asked about
 
@@ -75,8 +74,7 @@ def _demonstrate(simulator, task, init, noise, seed, encoding):
     simulator.reset(task, init)
     if noise:
         _wander(simulator, rng)
-    expert = TabletopExpert(simulator, rng.uniform(*_OVER))
-    push, left = Pushes(rng, size=noise), None
+    expert, push, left = TabletopExpert(simulator), Pushes(rng, size=noise), None
     parts: list[Recorder] = []
     pushed = True  # the first step begins a part
     for _ in range(MAX_STEPS):

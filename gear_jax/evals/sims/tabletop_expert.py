@@ -9,7 +9,7 @@ import numpy as np
 from gear_jax import geometry
 from gear_jax.evals.sims.tabletop import looking_down
 
-_LIFT = 0.12  # metres above the table, of the finger tips
+_OVER, _LIFT = 0.07, 0.12  # metres above the table, of the finger tips
 _GRASP = 0.018
 _CLOSE_STEPS = 6
 _GAIN = 6.0
@@ -21,21 +21,16 @@ _SPEEDS = (0.25, 0.4, 0.4, 0.4)
 class TabletopExpert:
     """One episode's worth of decisions; `act` is called once a control step."""
 
-    def __init__(self, simulator, over: float = 0.07):
-        """Begin above the block of the simulator's present episode.
-
-        Args:
-            simulator: TabletopSimulator.
-            over: metres above the table, from where the hand goes down.
-        """
-        self.simulator, self.over = simulator, over
+    def __init__(self, simulator):
+        """Begin above the block of the simulator's present episode."""
+        self.simulator = simulator
         self.phase, self.steps = 0, 0
 
     def act(self) -> np.ndarray:
         """The next clean action, float32[7], of OscServo's kind."""
         pose, block = self.simulator.pose(), self.simulator.block()
         x, y = block[:2]
-        height = (self.over, _GRASP, _GRASP, _LIFT)[self.phase]
+        height = (_OVER, _GRASP, _GRASP, _LIFT)[self.phase]
         # a block looks the same after a quarter turn
         yaw = (block[3] + np.pi / 4) % (np.pi / 2) - np.pi / 4
         near = np.hypot(*(pose[:2, 3] - block[:2]))
