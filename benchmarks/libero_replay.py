@@ -49,7 +49,7 @@ def replay(simulator, episode, spec, num_steps):
         Whether the task was done, and float64[steps] metres between the hand and its targets.
     """
     task, init = episode.episode_id.split("/")[-2:]
-    simulator.reset(task, int(init.removeprefix("init_")))
+    simulator.reset(task, int(init.removeprefix("init_").partition("#")[0]))
     limit = next(one.max_steps for one in simulator.tasks() if one.name == task)
     errors, step = [], 0
     while step < limit:

@@ -69,6 +69,8 @@ def base(size):
         "fresh": (),  # parameters that may begin at random
         "unused": ("unused/.*",),  # stored arrays that may lie idle
         "trained": (),  # embodiment slots of `run` that were trained; () is all
+        "deeper": False,  # whether language layers may be added
+        "fresh_rows": (),  # first and end of the vocabulary: at random though they are stored
     }
     config.model = _model(size)
     config.lora = None  # fields of train/lora.py's LoraConfig
@@ -88,7 +90,7 @@ def base(size):
         "augment": {
             "crop": 0.9, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.05,
         },
-        "fast": {"path": "runs/fast", "num_chunks": 200_000, "vocab_size": 2048},
+        "fast": {"path": "runs/fast", "num_chunks": 200_000, "vocab_size": 2048, "scale": 10.0},
     }  # fmt: skip
     config.monitor = {"every": 5000, "batches": 16}
     config.loop = {
@@ -99,7 +101,7 @@ def base(size):
         config.mesh.update(fsdp=1)
         config.init.fresh = (".*",)
         config.data.update(hold_out=0.2, num_workers=0, batch_size=8)
-        config.data.fast = {"path": "runs/debug/fast", "num_chunks": 2000, "vocab_size": 400}
+        config.data.fast.update(path="runs/debug/fast", num_chunks=2000, vocab_size=400)
         config.monitor.update(every=4, batches=1)
         config.loop.update(log_every=1, checkpoint_every=4, keep_every=None)
     return config
@@ -148,6 +150,8 @@ def _model(size):
         "prompt_tokens": 0,
         "kv_sources": ("latent",),
         "drops": "mixed",
+        "scrambled": 0.0,
+        "through_latents": False,
         "fast_sees": "all",
         "flow_weight": 1.0,
         "flow_draws": 1,

@@ -9,97 +9,134 @@ in the place of the released Qwen2.5-VL and VGGT), "latents", "pretrain", "polic
 and loop are those of the full size. A variant of gear_base.py may follow: `:policy,wo_latent`.
 """
 
+import dataclasses
+
 from configs import gear_base, latents
 
 STAGES = ("vlm", "spatial", "latents", "pretrain", "policy")
-ROOT = "runs/quickstart"
-QUESTIONS = ("points", "scenes", "offsets", "ways")
 VLM = "configs/quickstart_vlm"  # `launch.publish` wrote it
 
 
-def get_config(arg="policy"):
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What one quickstart trains on.
+
+    Attributes:
+        root: folder of all that it writes.
+        name: of its demonstration set.
+        row: standardisation row of that set.
+        options: of the row.
+        questions: pools below <root>/questions.
+    """
+
+    root: str
+    name: str
+    row: str
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+    questions: tuple[str, ...] = ()
+
+    @property
+    def path(self):
+        """Folder of the demonstration set."""
+        return f"{self.root}/data/{self.name}/1.0.0"
+
+
+TABLETOP = World("runs/quickstart", "tabletop", "tabletop", questions=("points", "scenes", "ways"))
+
+
+def get_config(arg="policy", world=TABLETOP):
     """ConfigDict of one stage.
 
     Args:
         arg: stage and variant.
+        world: what it trains on.
     """
     words = arg.split(",")
     stage = next((word for word in words if word in STAGES), None)
     if stage is None:
         raise ValueError(f"configs/quickstart.py: {arg!r}: expected one of {STAGES}")
     if stage == "latents":
-        return _latents()
+        return _latents(world)
     _, variant, _ = gear_base.parse(
         ",".join(word for word in words if word != stage), "configs/quickstart.py"
     )
     config = gear_base.base("debug")
     config.model.update(_MODEL)
     config.mesh.update(data=-1, fsdp=1)
-    config.data.sets = {"tabletop": _robot()}
-    config.data.pools = {name: _pool(name) for name in QUESTIONS}
+    config.data.sets = {world.name: _robot(world)}
+    config.data.pools = {
+        name: {"path": f"{world.root}/questions/{name}.jsonl", "weight": 1.0}
+        for name in world.questions
+    }
     config.data.augment = None
     config.data.update(
         hold_out=0.05, num_workers=1, random_side=False,
-        fast={"path": f"{ROOT}/fast", "num_chunks": 4000, "vocab_size": 512},
+        # coarse: a fine scale has 80 tokens for one second's x, most of them hardly ever seen
+        fast={"path": f"{world.root}/fast", "num_chunks": 4000, "vocab_size": 512, "scale": 2.0},
     )  # fmt: skip
     config.loop.update(log_every=50, checkpoint_every=500, keep=1)
     config.monitor.update(every=300, batches=4)
-    _STAGES[stage](config)
+    _STAGES[stage](config, world)
     gear_base.VARIANTS[variant](config)
+    config.model.through_latents &= config.model.latents == "codes"
     return config
 
 
-def _vlm(config):
+def _vlm(config, world):
     """Pointing and descriptions alone; the 2D tower is trained here, and never again."""
     config.stage = "pretrain"
     gear_base.optim(config, 2000, 1.5e-3, expert=False)
     config.optim.partitions = (("state/.*", None), (".*", "vlm"))
     config.optim.update(warmup_steps=100, b2=0.98)
-    config.model.update(train_vision=True, drops="none", with_fast=False)
+    config.model.update(train_vision=True, drops="none", with_fast=False, scrambled=0.0)
     config.model.projector.geometry_std = 0.07  # 3D features have nothing to disturb yet
     config.data.sets = {}
-    config.data.pools.offsets.weight = config.data.pools.ways.weight = 0.0
+    config.data.pools.ways.weight = 0.0
     config.model.length = 248  # three questions a row
     config.data.update(hold_out=0.0, batch_size=16)
     config.monitor.every = 0
 
 
-def _spatial(config):
+def _spatial(config, world):
     """The same towers, asked where things are from the hand as well."""
-    _vlm(config)
+    _vlm(config, world)
     config.optim.update(num_steps=3000, lr=1e-3, schedule="cosine")
-    config.model.length = 144
-    config.data.pools.offsets.weight = 2.0
-    config.data.pools.ways.weight = 4.0
-    config.init.update(run=f"{ROOT}/vlm", fresh=())
+    config.model.update(length=128, scrambled=0.5)
+    for name, weight in (("scenes", 0.0), ("points", 1.0), ("ways", 8.0)):
+        config.data.pools[name].weight = weight
+    config.model.language.depth = 4
+    config.init.update(run=f"{world.root}/vlm", fresh=(), fresh_rows=(512, 1088), deeper=True)
 
 
-def _pretrain(config):
-    _on_robots(config, "pretrain", num_steps=1200, expert=False, pointing=0.25)
-    config.init.update(published=VLM, fresh=("state/.*",))
+def _pretrain(config, world):
+    _on_robots(config, world, "pretrain", num_steps=1200, expert=False, pointing=0.4)
+    config.init.update(published=VLM, fresh=("state/.*",), fresh_rows=(512, 1024))
 
 
-def _policy(config):
-    _on_robots(config, "policy", num_steps=1800, expert=True, pointing=0.1)
-    config.init.update(run=f"{ROOT}/pretrain", fresh=("expert/.*",))
+def _policy(config, world):
+    _on_robots(config, world, "policy", num_steps=1800, expert=True, pointing=0.1)
+    config.init.update(run=f"{world.root}/pretrain", fresh=("expert/.*",))
 
 
-def _on_robots(config, stage, *, num_steps, expert, pointing):
+def _on_robots(config, world, stage, *, num_steps, expert, pointing):
     """Demonstrations, and a share of pointing."""
     config.stage = stage
-    gear_base.optim(config, num_steps, 1e-3, expert=expert)
+    config.model.language.depth = 4
+    gear_base.optim(config, num_steps, 5e-4, expert=expert)
     config.optim.update(schedule="cosine", warmup_steps=50)
     config.data.batch_size = 16
-    config.data.sets.tabletop.weight = 1 - pointing
-    for pool in config.data.pools.values():
-        pool.weight = pointing / len(QUESTIONS)
+    config.data.sets[world.name].weight = 1 - pointing
+    for name in world.questions:
+        config.data.pools[name].weight = pointing * _ASKED.get(name, 0.0)
 
 
+_ASKED = {"points": 0.1, "ways": 0.9}  # shares of the questions beside demonstrations
 _STAGES = {"vlm": _vlm, "spatial": _spatial, "pretrain": _pretrain, "policy": _policy}
 
 _MODEL = {
-    "tokenizer": "small", "image_size": 64, "length": 192, "real_tokens": 150,
-    "fast_length": 64, "most_labels": 96, "flow_draws": 4, "fast_sees": "latents", "remat": "none",
+    "tokenizer": "small", "image_size": 64, "length": 156, "real_tokens": 120,
+    "fast_length": 40, "most_labels": 96, "flow_draws": 4, "fast_sees": "latents", "remat": "none",
+    "scrambled": 0.5, "through_latents": True,
     "language": {
         "depth": 3, "width": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 24,
         "mlp_dim": 256, "vocab_size": 1088, "rope_sections": (4, 4, 4), "tied_head": True,
@@ -125,24 +162,20 @@ _MODEL = {
 }  # fmt: skip
 
 
-def _robot():
+def _robot(world):
     return {
-        "path": f"{ROOT}/data/tabletop/1.0.0", "row": "tabletop", "work": f"{ROOT}/data/work",
-        "group": None, "latents": f"{ROOT}/ids", "weight": 1.0,
+        "path": world.path, "row": world.row, "work": f"{world.root}/data/work",
+        "group": None, "latents": f"{world.root}/ids", "weight": 1.0, "options": world.options,
     }  # fmt: skip
 
 
-def _pool(name):
-    return {"path": f"{ROOT}/questions/{name}.jsonl", "weight": 1.0}
-
-
-def _latents():
+def _latents(world):
     config = latents.get_config("shapes")
     config.model.update(image_size=32, patch_size=8, target_pool=4)
     config.optim.update(num_steps=1500)
     config.loss.fade_steps = 400
-    config.data.sets = {"tabletop": {
-        key: value for key, value in _robot().items() if key not in ("group", "latents")
+    config.data.sets = {world.name: {
+        key: value for key, value in _robot(world).items() if key not in ("group", "latents")
     }}  # fmt: skip
     config.data.update(batch_size=16, hold_out=0.05, num_workers=1)
     config.monitor.update(every=500, batches=10, first=1000)

@@ -21,14 +21,15 @@ import time
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from configs.quickstart import ROOT, VLM
+from configs.quickstart import TABLETOP, VLM
 
+ROOT = TABLETOP.root
 RUN = pathlib.Path(ROOT)
 NUM_SCENES = 8000  # that questions are asked about
 DEMONSTRATIONS = "1000:1200"  # initial states of each of the four tasks
 EVALUATED = "0:25"  # likewise: 100 episodes
 REPLAYED = "1000:1010"  # likewise, without noise: what the replay floor has
-_SET = f"{ROOT}/data/tabletop/1.0.0"
+_SET = TABLETOP.path
 _WORK = f"{ROOT}/data/work"
 _CLEAN = f"replay:tabletop:{ROOT}/clean/tabletop_clean/1.0.0:{ROOT}/clean/work"
 

@@ -372,12 +372,15 @@ class _Load(grain.transforms.Map):
             sample = make_sample(record, fits, rng)
             if sample.overlay is not None:
                 pictures[0] = overlay(pictures[0], *sample.overlay)
-            first = int(batch["view_mask"][row].sum())
+            first, views = int(batch["view_mask"][row].sum()), record.get("views")
             slots = tuple(range(first, first + len(pictures)))
+            if views is not None:  # the pack is this record alone
+                slots = tuple(VIEWS.index(view) for view in views)
             for slot, picture in zip(slots, pictures, strict=True):
                 images_lib.fit_into(batch["images"][row, slot], picture, self.config.fit)
                 batch["view_mask"][row, slot] = True
-            batch["questions"][row].append(Question(sample.prompt, sample.answer, slots))
+            question = Question(sample.prompt, sample.answer, slots, robot=views is not None)
+            batch["questions"][row].append(question)
 
     def _pictures(self, batch, pool, number, record):
         """Decoded images of a record, or None where one is bad."""

@@ -53,6 +53,9 @@ class Packed:
             record = pool.record(number)
             count = len(record["images"])
             needed = room.count(record) + count * room.image_tokens
+            if "views" in record:  # all of a robot's, and their marks
+                count = room.images
+                needed = room.count(record) + count * (room.image_tokens + 1)
             if tokens + needed > room.tokens or images + count > room.images:
                 begins.append(place)
                 tokens = images = 0

@@ -13,6 +13,7 @@ import numpy as np
 
 from gear_jax.data.tfrecord import DataError
 from gear_jax.data.vision_language import TYPES, Record, text_fault
+from gear_jax.types import VIEWS
 
 
 def keep_record(record_id: str, percent: int) -> bool:
@@ -127,8 +128,9 @@ def _checked(line: bytes, where: str) -> Record:
     if not isinstance(kind, str) or kind not in TYPES:
         raise DataError(f"{where}: type {kind!r}: expected one of {list(TYPES)}")
     task = TYPES[kind]
-    known = {"id", "type", "images", *task.fields, *task.optional}
-    for field in sorted(known - set(record) - set(task.optional)):
+    optional = {"views", *task.optional}
+    known = {"id", "type", "images", *task.fields, *optional}
+    for field in sorted(known - set(record) - optional):
         raise DataError(f"{where}: field {field!r} is missing")
     for field in sorted(set(record) - known):
         raise DataError(f"{where}: field {field!r} is not one of {kind}'s: {sorted(known)}")
@@ -140,6 +142,13 @@ def _checked(line: bytes, where: str) -> Record:
         path = None if text_fault(image) or "\0" in image else pathlib.PurePosixPath(image)
         if path is None or path.is_absolute() or ".." in path.parts:
             raise DataError(f"{where}: image {image!r}: expected a path below the pool's folder")
+    views = record.get("views", VIEWS[: len(images)])
+    if not isinstance(views, list | tuple) or sorted(map(str, views)) != sorted(
+        view for view in VIEWS if view in views
+    ):
+        raise DataError(f"{where}: field 'views': expected different ones of {list(VIEWS)}")
+    if len(views) != len(images):
+        raise DataError(f"{where}: field 'views' has {len(views)}, expected one for each image")
     for field, check in {**task.fields, **task.optional}.items():
         wrong = check(record[field]) if field in record else None
         if wrong:

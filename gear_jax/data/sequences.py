@@ -4,6 +4,7 @@
             FAST block
     video:  system, user: view, instruction;         assistant: latent block
     asked:  system, user: images, question;          assistant: answer; several may share a row
+            (a question about a robot's views begins as its rows do)
 
 Who may see whom is said by three integers a token: its segment, its group, and the groups that are
 hidden from it (towers/attention.py). Source: GEAR-VLA Fig. 2, systems.md 2.2, 2.3 and 2.5.
@@ -24,6 +25,7 @@ OTHER, HEAD, WRIST, STATE, LATENT = 0, 1, 2, 4, 8
 PROMPT = 16  # all before the answer, whatever else it is; rows do not say it, `acts` does
 # Which block of the answer a token is of; modality dropping concerns both of them.
 LATENT_BLOCK, FAST_BLOCK = 1, 2
+ANSWER_BLOCK = 3  # of a question that is answered through a latent block
 _VIEW_GROUPS = {"head": HEAD, "left_wrist": WRIST, "right_wrist": WRIST}
 _VIEW_MARKS = {"head": "head", "left_wrist": "left", "right_wrist": "right"}
 STATE_TOKENS = 4
@@ -41,11 +43,13 @@ class Question:
         prompt: what is asked.
         answer: what is learned.
         views: places of its images among the row's.
+        robot: these are a robot's views, laid out as its rows have them; it has a row of its own.
     """
 
     prompt: str
     answer: str
     views: tuple[int, ...]
+    robot: bool = False
 
 
 class Tokenizer(Protocol):
@@ -79,6 +83,8 @@ class SequenceConfig:
             "none" leaves the block out.
         with_fast: False leaves the FAST block out.
         prompt_tokens: learned embeddings of the robot, behind the instruction.
+        through_latents: questions about a robot's views are answered behind a latent block, whose
+            codes `gear.scramble` draws: with `fast_sees` "latents", from its keys and values alone.
         prompt_only: end where a policy goes on: with the token that opens the latent block, with
             the learned embeddings, or behind a question.
     """
@@ -92,6 +98,7 @@ class SequenceConfig:
     latents: Literal["codes", "learned", "none"] = "codes"
     with_fast: bool = True
     prompt_tokens: int = 0
+    through_latents: bool = False
     prompt_only: bool = False
 
 
@@ -241,7 +248,8 @@ def token_rows(
     for row, column in np.argwhere(latent >= 0):
         out["latent_index"][row, latent[row, column]] = column
         out["latent_valid"][row, latent[row, column]] = out["segments"][row, column] == 1
-    asked = np.array([bool(questions) for questions in batch["questions"]])[:, None]
+    asked = [bool(questions) and not questions[0].robot for questions in batch["questions"]]
+    asked = np.array(asked)[:, None]
     scenes = np.where(asked, np.arange(len(VIEWS), dtype=np.int32)[None], np.int32(0))
     out["scenes"] = np.where(batch["view_mask"], scenes, np.int32(-1))
     before = valid & (out["acts"] == 0) & (out["labels"] == IGNORE)
@@ -307,14 +315,20 @@ def _parts(batch, index, tokenizer, ids, config, fast):
     questions = batch["questions"][index]
     if not questions:
         return [_row(batch, index, tokenizer, ids, config, fast)]
-    return [_asked(one, number, tokenizer, ids, config) for number, one in enumerate(questions, 1)]
+    views = batch["view_mask"][index]
+    return [
+        _asked(one, number, views, tokenizer, ids, config)
+        for number, one in enumerate(questions, 1)
+    ]
 
 
-def _asked(question, segment, tokenizer, ids, config):
+def _asked(question, segment, view_mask, tokenizer, ids, config):
     """One question and its answer, in a segment of their own."""
     row, size = _Row(), config.view_grid[0] * config.view_grid[1]
     row.add(tokenizer.encode(_OPENING), segment=segment)
-    for place in question.views:
+    if question.robot:
+        _views(row, view_mask, ids, size)
+    for place in () if question.robot else question.views:
         row.add(ids.vision[0], segment=segment)
         row.add([ids.pad] * size, segment=segment, group=_VIEW_GROUPS[VIEWS[place]], kind=IMAGE,
                 insert=np.arange(place * size, (place + 1) * size))  # fmt: skip
@@ -324,7 +338,14 @@ def _asked(question, segment, tokenizer, ids, config):
     row.add([*tokenizer.encode(question.prompt), *tokenizer.encode(_TURN)], segment=segment)
     if config.prompt_only:
         return row.finish()
-    row.add([*tokenizer.encode(question.answer), ids.end], label=True, segment=segment)
+    block = 0
+    if question.robot and config.through_latents:
+        block, places = ANSWER_BLOCK, np.arange(config.transitions * config.codes)
+        row.add(ids.latent[0], act=LATENT_BLOCK)
+        row.add(np.full_like(places, ids.latent[1]), act=LATENT_BLOCK, latent=places, group=LATENT)
+        row.add(ids.latent[2], act=LATENT_BLOCK)
+    answer = [*tokenizer.encode(question.answer), ids.end]
+    row.add(answer, label=True, segment=segment, act=block)
     return row.finish()
 
 
@@ -341,14 +362,7 @@ def _row(batch, index, tokenizer, ids, config, fast):
         row.add([ids.pad] * size, segment=segment, group=HEAD, kind=IMAGE,
                 insert=first + np.arange(size))  # fmt: skip
         row.add(ids.vision[1], segment=segment)
-    for place, view in enumerate(VIEWS):
-        # an absent view keeps its place, and is alone with itself
-        segment = 1 if batch["view_mask"][index, place] else _ALONE + place
-        row.add(ids.views[view], segment=segment)
-        row.add(ids.vision[0], segment=segment)
-        row.add([ids.pad] * size, segment=segment, group=_VIEW_GROUPS[view], kind=IMAGE,
-                insert=np.arange(place * size, (place + 1) * size))  # fmt: skip
-        row.add(ids.vision[1], segment=segment)
+    _views(row, batch["view_mask"][index], ids, size)
     tokenizer.check_user_text(batch["instruction"][index])
     row.add(tokenizer.encode(batch["instruction"][index]))
     place = len(VIEWS) * size
@@ -374,6 +388,16 @@ def _row(batch, index, tokenizer, ids, config, fast):
     if block != OTHER:  # something was said
         row.add(ids.end, label=row.teaches(), act=block)
     return row.finish()
+
+
+def _views(row, view_mask, ids, size):
+    """A robot's views; an absent one keeps its place, and is alone with itself."""
+    for place, view in enumerate(VIEWS):
+        segment = 1 if view_mask[place] else _ALONE + place
+        row.add([ids.views[view], ids.vision[0]], segment=segment)
+        row.add([ids.pad] * size, segment=segment, group=_VIEW_GROUPS[view], kind=IMAGE,
+                insert=np.arange(place * size, (place + 1) * size))  # fmt: skip
+        row.add(ids.vision[1], segment=segment)
 
 
 def _num_learned(config):

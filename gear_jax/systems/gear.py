@@ -18,8 +18,10 @@ import jax.numpy as jnp
 
 from gear_jax import flow
 from gear_jax.data.sequences import (
+    ANSWER_BLOCK,
     FAST_BLOCK,
     HEAD,
+    IGNORE,
     LATENT,
     LATENT_BLOCK,
     OTHER,
@@ -66,6 +68,9 @@ class GearConfig:
         kv_sources: whose keys and values the expert sees; more than the latent tokens' is an
             ablation.
         drops: key of `DROPS`.
+        scrambled: share of a step's rows that read random codes and words in the place of their
+            answer, and learn the true ones. What they say then comes from what is seen, not from
+            what was just said: a policy says its codes itself. Ours; 0 is the paper's.
         fast_sees: "latents": FAST tokens see the latent tokens and each other, not the prompt. What
             the expert needs of the scene must then be in the keys and values that it reads, however
             little of it the codes tell. Ours; "all" is the paper's.
@@ -88,6 +93,7 @@ class GearConfig:
     prompt_tokens: int = 0
     kv_sources: tuple[str, ...] = ("latent",)
     drops: str = "mixed"
+    scrambled: float = 0.0
     fast_sees: str = "all"
     flow_weight: float = 1.0
     flow_draws: int = 1
@@ -289,6 +295,8 @@ def loss(params, cfg, batch, rng):
         means of their kind.
     """
     keys = jax.random.split(rng, 2)
+    if cfg.scrambled:
+        batch = {**batch, "tokens": scramble(cfg, batch, jax.random.fold_in(rng, 2))}
     drops = draw_drops(keys[0], len(batch["tokens"]), cfg.drops)
     hidden, kv = prefill(params, cfg, batch, None if cfg.drops == "none" else drops)
     tokens, kinds = token_loss(params, cfg, batch, hidden)
@@ -299,12 +307,29 @@ def loss(params, cfg, batch, rng):
     return tokens + cfg.flow_weight * flow_value, {**metrics, "flow": flow_value}
 
 
+def scramble(cfg, batch, rng):
+    """Tokens int32[B, T]: `scrambled` rows read random codes and words where they answer."""
+    rows, count = batch["latent_index"].shape
+    which, words, codes = jax.random.split(rng, 3)
+    asked = (batch["acts"] == ANSWER_BLOCK).any(axis=1, keepdims=True)  # has no codes of its own
+    hit = jax.random.bernoulli(which, cfg.scrambled, (rows, 1)) | asked
+    first, size = cfg.latent_ids
+    tokens = batch["tokens"]
+    said = hit & (batch["labels"] != IGNORE) & (batch["acts"] == 0)
+    tokens = jnp.where(said, jax.random.randint(words, tokens.shape, 0, first + size), tokens)
+    own = size // (max(cfg.latent_pattern) + 1)
+    groups = jnp.tile(jnp.array(cfg.latent_pattern), count // len(cfg.latent_pattern))
+    drawn = first + own * groups[None] + jax.random.randint(codes, (rows, count), 0, own)
+    place = jnp.where(hit & batch["latent_valid"], batch["latent_index"], tokens.shape[1])
+    return tokens.at[jnp.arange(rows)[:, None], place].set(drawn, mode="drop")
+
+
 def token_loss(params, cfg, batch, hidden):
     """Eq. 1: mean float32[] over all labelled tokens; means float32[3] by kind, as `LOSSES`."""
     return labelled_token_loss(
         hidden,
         batch["labels"],
-        batch["acts"],
+        jnp.where(batch["acts"] == ANSWER_BLOCK, 0, batch["acts"]),
         lambda states: logits(params, cfg, states),
         num_kinds=len(LOSSES),
         most=cfg.most_labels,

@@ -187,8 +187,8 @@ def model_config(model: Mapping[str, Any]) -> GearConfig:
         latent_ids=(first, len(text.LATENT)),
         vocab_used=used,
         **{key: model[key] for key in (
-            "latents", "latent_pattern", "prompt_tokens", "kv_sources", "drops", "fast_sees",
-            "flow_weight", "flow_draws", "flow_steps", "most_labels", "joint_grad")},
+            "latents", "latent_pattern", "prompt_tokens", "kv_sources", "drops", "scrambled",
+            "fast_sees", "flow_weight", "flow_draws", "flow_steps", "most_labels", "joint_grad")},
     )  # fmt: skip
 
 
@@ -206,6 +206,7 @@ def sequence_config(model: Mapping[str, Any]) -> SequenceConfig:
         latents=model["latents"],
         with_fast=model["with_fast"],
         prompt_tokens=model["prompt_tokens"],
+        through_latents=model["through_latents"],
     )
 
 

@@ -38,7 +38,7 @@ from gear_jax.types import VIEWS, ActionSpec
 
 # Tokenizers that need no file, for models that are trained from nothing.
 BUILT_IN = {"bytes": text.byte_tokenizer, "small": small_tokenizer}
-_NOT_TOLD = ("id", "type", "images", "mask")  # of a record
+_NOT_TOLD = ("id", "type", "images", "views", "mask")  # of a record
 _OWN_KEYS = ("weight", "group", "latents")  # of a set, beside the fields of DatasetConfig
 
 
@@ -244,7 +244,7 @@ def open_fast(
     """The FAST tokenizer of a folder; fitted on these sets, and kept there, if there is none yet.
 
     Args:
-        options: path; num_chunks to fit on; vocab_size.
+        options: path; num_chunks to fit on; vocab_size; scale, steps per unit of a coefficient.
         sets: robots and video.
         normalizer: of the actions.
         spec: of the chunks.
@@ -260,9 +260,14 @@ def open_fast(
             action, mask, _ = make_chunks(episodes, [step for _, step in steps], spec)
             known = np.broadcast_to(mask.any(axis=1, keepdims=True), mask.shape)
             chunks.append(np.clip(normalizer.normalize_action(action, known), -1, 1))
-        made = FastTokenizer.fit(np.concatenate(chunks), vocab_size=options.vocab_size)
+        made = FastTokenizer.fit(
+            np.concatenate(chunks), vocab_size=options.vocab_size, scale=options.scale
+        )
         made.save(path)
-    return FastTokenizer.load(path, chunk_len=spec.chunk_len, action_dim=spec.action_dim)
+    fast = FastTokenizer.load(path, chunk_len=spec.chunk_len, action_dim=spec.action_dim)
+    if fast.scale != options.scale:
+        raise ValueError(f"{path}: its scale is {fast.scale}, data.fast.scale is {options.scale}")
+    return fast
 
 
 def open_phases(config: ml_collections.ConfigDict, names: Sequence[str]) -> Sequence[Phase]:

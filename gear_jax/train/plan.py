@@ -38,6 +38,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "latents, for the flow loss is stopped before them; expected latents 'none' and "
             "kv_sources ('image', 'text', 'state')"
         )
+    if model.through_latents and (model.latents != "codes" or not model.scrambled):
+        faults.append(
+            f"model.through_latents is set, model.latents is {model.latents!r} and model.scrambled "
+            f"is {model.scrambled}: expected 'codes' and more than 0, which draws their codes"
+        )
     window = model.vision.window_size
     if model.image_size % window:
         faults.append(f"model.image_size is {model.image_size}: expected a multiple of {window}")

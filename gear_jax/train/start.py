@@ -24,6 +24,8 @@ from gear_jax.train.run_checkpoints import RunCheckpoints
 
 _FOLDERS = ("qwen2_5_vl", "vggt", "published")
 _TABLES = ("language/embed", "language/head")
+_LAYERS = "language/layers/"
+_LAST = ("/o/kernel", "/down/kernel")  # what a block adds to its input comes from these
 _NOISE = 0.02  # standard deviation of a new vocabulary row about the mean
 
 
@@ -46,7 +48,10 @@ def loader(
         init: qwen2_5_vl, vggt: folders that launch.port wrote, or None; published: one that
             launch.publish wrote, or None; run: workdir of an earlier stage, or None; fresh: regexes
             of parameters that may begin at random; unused: regexes of stored arrays that nobody
-            needs; trained: embodiment slots of `run` that were trained, () for all.
+            needs; trained: embodiment slots of `run` that were trained, () for all; fresh_rows:
+            (first, end) of the vocabulary that begin at random though the checkpoint has them, for
+            it was trained with them and never used them; deeper: the language tower may have more
+            layers than the checkpoint, which begin as identities.
         first_new_row: of the vocabulary.
         say: told where every parameter comes from.
 
@@ -70,7 +75,11 @@ def loader(
         _check(named, stored, init)
         filled = dict(named)
         for key, value in _restore(named, stored).items():
-            filled[key] = _grown(key, named[key], value, stored[key], first_new_row, init)
+            ours = named[key]
+            filled[key] = _grown(key, ours, value, stored[key], first_new_row, init)
+            if key in _TABLES and init["fresh_rows"]:
+                fresh = jax.jit(_fresh_rows, static_argnums=(2, 3), out_shardings=ours.sharding)
+                filled[key] = fresh(filled[key], ours, *init["fresh_rows"])
         if jax.process_index() == 0:
             _report(named, stored, say)
         return jax.tree_util.tree_unflatten(tree, list(filled.values()))
@@ -128,7 +137,8 @@ def _check(named, stored, init):
     ]
     for key in named.keys() & stored.keys():
         ours, theirs = named[key].shape, stored[key].shape
-        longer = ours[1:] == theirs[1:] and (key in _TABLES or key.startswith("state/"))
+        grows = key.startswith(("state/", _LAYERS) if init["deeper"] else "state/")
+        longer = ours[1:] == theirs[1:] and (key in _TABLES or grows)
         if ours != theirs and not (longer and (key in _TABLES or theirs[0] < ours[0])):
             faults.append(f"{key} is {list(ours)} here and {list(theirs)} in {stored[key].origin}")
     if faults:
@@ -177,12 +187,21 @@ def _grown(key, ours, value, stored, first_new_row, init):
         return jax.jit(_new_rows, static_argnums=1, out_shardings=ours.sharding)(
             value, min(first_new_row, stored.shape[0]), jax.random.key(_TABLES.index(key))
         )
+    if value.shape != ours.shape and key.startswith(_LAYERS):
+        begin = jnp.zeros_like if key.endswith(_LAST) else jnp.asarray
+        return jax.device_put(jnp.concatenate([value, begin(ours[len(value) :])]), ours.sharding)
     if value.shape != ours.shape:
         grow = len(ours) - len(value)
         trained = list(init["trained"]) or None
         grown = with_new_slot({"x": value}, grow, trained)["x"]
         return jax.device_put(grown, ours.sharding)
     return value
+
+
+def _fresh_rows(table, ours, first, end):
+    """A table whose rows `first` .. `end` - 1 are those of another."""
+    rows = jnp.arange(len(table))[:, None]
+    return jnp.where((first <= rows) & (rows < end), ours, table)
 
 
 def _new_rows(table, known, rng):

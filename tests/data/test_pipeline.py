@@ -7,13 +7,15 @@ import simplejpeg
 
 from gear_jax.data.catalog import DatasetConfig, detect_format, open_prepared, open_source
 from gear_jax.data.embodiments import embodiment_id
-from gear_jax.data.images import Fit
+from gear_jax.data.images import Fit, decode, fit_into
 from gear_jax.data.measure import Measured, measure
 from gear_jax.data.mixtures import Phase
 from gear_jax.data.normalizer import Normalizer
 from gear_jax.data.pipeline import Stream, StreamConfig
+from gear_jax.data.record_packs import Packed, Room
 from gear_jax.data.record_pool import Pool
 from gear_jax.data.rlds_writer import Column, RldsWriter
+from gear_jax.data.sequences import Question
 from gear_jax.data.statistics import denormalize_action, normalize_state
 from gear_jax.data.tfrecord import DataError
 from gear_jax.data.windows import make_window, mirror_single_arm
@@ -272,6 +274,27 @@ def test_an_epoch_shows_every_sample_once(sets):
                                                   strict=True)}  # fmt: skip
         assert len(shown) == 26
     assert (epochs[0]["state"]["joint_pos"] != epochs[1]["state"]["joint_pos"]).any()
+
+
+def test_a_question_about_a_robots_views_shows_them_in_their_places(tmp_path):
+    rng = np.random.default_rng(1)
+    for name in ("wrist", "head"):
+        (tmp_path / f"{name}.jpg").write_bytes(_jpeg(rng, 40, 60))
+    record = {
+        "id": "v", "type": "general_vqa", "images": ["wrist.jpg", "head.jpg"],
+        "views": ["right_wrist", "head"], "question": "Which way?", "answer": "Left.",
+    }  # fmt: skip
+    (tmp_path / "pool.jsonl").write_text(json.dumps(record))
+    room = Room(tokens=500, images=3, image_tokens=10, count=lambda record: 10)
+    pool = {"asked": Packed(Pool(tmp_path / "pool.jsonl"), room, seed=0)}
+    batch = next(Stream(pool, [Phase(0.0, {"asked": 1.0})], StreamConfig(1, 4, image_size=56)))
+    assert batch["view_mask"].tolist() == [[True, False, True]]
+    assert batch["images"].reshape(3, -1).any(axis=1).tolist() == [True, False, True]
+    assert batch["questions"] == [[Question("Which way?", "Left.", (2, 0), robot=True)]]
+    head = decode((tmp_path / "head.jpg").read_bytes())
+    wanted = np.zeros((56, 56, 3), np.uint8)
+    fit_into(wanted, head, "pad")
+    np.testing.assert_array_equal(batch["images"][0, 0], wanted)
 
 
 def test_a_bad_image_is_masked_counted_and_named_and_too_many_stop_the_run(tmp_path):

@@ -47,3 +47,17 @@ def test_packs_are_a_function_of_the_seed(pool):
 def test_a_record_that_is_too_large_has_a_pack_of_its_own(pool):
     small = Room(tokens=10, images=3, image_tokens=100, count=count)
     assert len(Packed(pool, small, seed=0)) == 40
+
+
+def test_a_question_about_a_robots_views_has_a_row_of_its_own(tmp_path):
+    lines = [
+        {"id": f"q{n}", "type": "general_vqa", "images": ["a.jpg"], "question": "?",
+         "answer": "A mug.", **({"views": ["right_wrist"]} if n % 2 else {})}
+        for n in range(12)
+    ]  # fmt: skip
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    packed = Packed(Pool(path), ROOM, seed=0)
+    packs = [packed.pack(number) for number in range(len(packed))]
+    assert [pack for pack in packs if any(n % 2 for n in pack) and len(pack) > 1] == []
+    assert any(len(pack) > 1 for pack in packs)

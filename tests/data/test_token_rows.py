@@ -136,6 +136,40 @@ def test_a_question_has_its_images_and_its_answer_only():
     assert not row["latent_valid"].any()
 
 
+def test_a_question_about_a_robots_views_begins_as_its_rows_do():
+    question = Question("a b", "c", (0, 2), robot=True)
+    asked = _one(_batch(instruction=[""], questions=[[question]]), fast=None)
+    robot = _one(_batch())
+    shown = 18  # views and instruction
+    for name in ("tokens", "segments", "groups", "insert_index"):
+        np.testing.assert_array_equal(asked[name][:shown], robot[name][:shown], err_msg=name)
+    np.testing.assert_array_equal(asked["positions"][:, :shown], robot["positions"][:, :shown])
+    assert _names(asked["tokens"][shown:]) == [2, 102, "<|im_end|>"]
+    assert (asked["labels"] != IGNORE).sum() == 2
+    scenes = [
+        token_rows(one, _Words(), CONFIG, [None])["scenes"].tolist()
+        for one in (_batch(), _batch(instruction=[""], questions=[[question]]))
+    ]
+    assert scenes[0] == scenes[1] == [[0, -1, 0]]
+
+
+def test_a_question_about_a_robots_views_may_be_answered_through_a_latent_block():
+    config = dataclasses.replace(CONFIG, through_latents=True)
+    questions = [[Question("a b", "c", (0, 2), robot=True)]]
+    row = _one(_batch(instruction=[""], questions=questions), fast=None, config=config)
+    robot = _one(_batch())
+    codes = ["<|la_start|>", *["<la_0>"] * 4, "<|la_end|>"]
+    assert _names(row["tokens"][18:]) == [2, *codes, 102, "<|im_end|>"]
+    assert row["acts"][18:].tolist() == [0, *[1] * 6, 3, 3]
+    assert row["latent_valid"].all()
+    assert row["latent_index"].tolist() == [20, 21, 22, 23]
+    assert row["groups"][20:24].tolist() == robot["groups"][26:30].tolist()
+    assert _names(row["tokens"][row["labels"] != IGNORE]) == [102, "<|im_end|>"]
+    plain = [[Question("a b", "c", (0, 2))]]  # of no robot
+    row = _one(_batch(instruction=[""], questions=plain), fast=None, config=config)
+    assert not row["acts"].any()
+
+
 def test_questions_that_share_a_row_are_as_if_each_came_alone():
     one, two = Question("b", "c d", (0,)), Question("a b", "e", (1,))
     row = _one(_batch(instruction=[""], questions=[[one, two]]), fast=None)

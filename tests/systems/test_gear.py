@@ -163,6 +163,45 @@ def test_fast_tokens_that_see_the_latents_alone(shallow, batch):
         dataclasses.replace(cfg, fast_sees="nothing")
 
 
+def test_scrambled_rows_read_random_answers_and_learn_the_true_ones(cfg, params):
+    stream = _stream_batch()
+    stream["questions"][3] = [Question("where is it", "left of the cup", (0,))]
+    stream["instruction"][3] = ""
+    many = _rows(stream)
+    many = jax.tree.map(lambda x: jnp.concatenate([x] * 16, axis=int(x.shape[0] == 3)), many)
+    half = dataclasses.replace(cfg, scrambled=0.5)
+    tokens = np.asarray(gear.scramble(half, many, jax.random.key(0)))
+    before, learned = np.asarray(many["tokens"]), np.asarray(many["labels"]) >= 0
+    codes = np.zeros_like(learned)
+    np.put_along_axis(codes, np.asarray(many["latent_index"]), many["latent_valid"], axis=1)
+    answers = codes | (learned & (np.asarray(many["acts"]) == 0))
+    changed = tokens != before
+    assert not changed[~answers].any()  # FAST tokens and prompts stay
+    hit = changed.any(axis=1)
+    assert 20 < hit.sum() < 44  # of 64
+    assert changed[answers & hit[:, None]].mean() > 0.8  # one code of eight is drawn again
+    kinds = (tokens - FIRST).reshape(len(tokens), -1)[:, :]
+    for row in np.flatnonzero(hit & codes.any(axis=1)):
+        said = kinds[row][np.asarray(many["latent_index"])[row]].reshape(5, 4)
+        there = np.asarray(many["latent_valid"])[row].reshape(5, 4)
+        assert ((said // 8 == np.array([0, 0, 1, 1])) | ~there).all()
+    assert len(np.unique(tokens[codes & hit[:, None]])) == 16
+
+    stream["questions"][3] = [Question("where is it", "left", (0, 2), robot=True)]
+    asked = _rows(stream, through_latents=True)
+    few = dataclasses.replace(cfg, scrambled=1e-9)
+    tokens = np.asarray(gear.scramble(few, asked, jax.random.key(0)))
+    moved = (tokens != np.asarray(asked["tokens"])).any(axis=1)
+    assert moved.tolist() == [False, False, False, True]  # its codes are nobody's: always drawn
+
+    whole = dataclasses.replace(cfg, scrambled=1.0)
+    rng = jax.random.key(2)
+    by_hand = {**many, "tokens": gear.scramble(whole, many, jax.random.fold_in(rng, 2))}
+    run = jax.jit(gear.loss, static_argnums=1)
+    np.testing.assert_allclose(run(params, whole, many, rng)[0], run(params, cfg, by_hand, rng)[0])
+    assert run(params, whole, many, rng)[0] != run(params, cfg, many, rng)[0]
+
+
 def test_more_draws_are_the_mean_over_repeated_rows(cfg, params, batch):
     """Each chunk noised three times; the VLM runs once."""
     thrice = dataclasses.replace(cfg, flow_draws=3)

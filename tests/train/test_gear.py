@@ -175,6 +175,7 @@ def _without_flow(made):
     [
         ({"latents": "none", "with_fast": False}, "kv_sources .* has 'latent'"),
         ({"latents": "learned", "with_fast": False}, "nothing trains the learned latents"),
+        ({"through_latents": True}, "through_latents is set, .*scrambled is 0.0"),
     ],
 )
 def test_e15_a_policy_without_latents_and_fast_needs_other_sources(changes, sentence):

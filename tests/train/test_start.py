@@ -1,5 +1,6 @@
 """Where a run's parameters come from."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,6 +12,7 @@ import pytest
 from configs import policy_gear, port_proof
 from gear_jax.data.embodiments import EMBODIMENTS
 from gear_jax.systems import gear as system
+from gear_jax.towers.qwen_language import QwenLanguage
 from gear_jax.train import checkpoint, gear, sharding, start
 from launch import port
 from launch.port_proof import write_random
@@ -54,7 +56,8 @@ def _init(ported, **changes):
     names = ("qwen2_5_vl", "vggt")
     init = {name: str(ported / name) for name in names} | {"run": None, "trained": ()}
     fresh = ("state/.*", "projector/geometry_kernel", "expert/.*")
-    return init | {"fresh": fresh, "unused": ("unused/.*",)} | changes
+    plain = {"unused": ("unused/.*",), "fresh_rows": (), "deeper": False}
+    return init | {"fresh": fresh} | plain | changes
 
 
 def test_ported_towers_fill_what_they_have_and_words_that_are_new_begin_at_the_mean(ported, params):
@@ -80,6 +83,38 @@ def test_ported_towers_fill_what_they_have_and_words_that_are_new_begin_at_the_m
     )
     assert any("512 rows of words; the others new" in line for line in said)
     assert f"state/fc1/bias [{len(EMBODIMENTS)}, 32] <- random" in said
+
+
+def test_rows_that_a_vlm_had_and_never_used_begin_at_random_again(ported, params):
+    stored = start.loader(_init(ported), 500)(params)["language"]["embed"]
+    made = start.loader(_init(ported, fresh_rows=(490, 505)), 500)(params)["language"]["embed"]
+    for rows, wanted in (
+        (slice(490), stored), (slice(490, 505), params["language"]["embed"]),
+        (slice(505, None), stored),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(made[rows], wanted[rows])
+    assert made.sharding.is_equivalent_to(stored.sharding, 2)
+
+
+def test_layers_that_are_added_change_nothing_at_first(ported, params):
+    before = start.loader(_init(ported), 500)(params)
+    layers = params["language"]["layers"]
+    more = jax.tree.map(lambda x: jnp.concatenate([x, x[:2] + 1]), layers)
+    taller = {**params, "language": {**params["language"], "layers": more}}
+    with pytest.raises(ValueError, match="language/layers/.* is .* here and"):
+        start.loader(_init(ported), 500)(taller)
+    after = start.loader(_init(ported, deeper=True), 500)(taller)
+    cfg = _model().vlm.language
+    tokens = jnp.arange(12)[None]
+    positions = jnp.broadcast_to(tokens, (3, 1, 12))
+    run = jax.jit(
+        lambda cfg, params: QwenLanguage(cfg).apply(
+            {"params": params["language"]}, tokens, positions, jnp.ones_like(tokens)
+        )[0],
+        static_argnums=0,
+    )
+    grown = dataclasses.replace(cfg, depth=cfg.depth + 2)
+    np.testing.assert_allclose(run(grown, after), run(cfg, before), atol=1e-6)
 
 
 def _others(ported):

@@ -7,7 +7,7 @@ import numpy as np
 
 from gear_jax.evals.sims.libero import LiberoSimulator
 from gear_jax.evals.sims.libero_expert import LiberoExpert
-from gear_jax.evals.sims.recording import Recorder
+from gear_jax.evals.sims.recording import CutRun
 from gear_jax.evals.sims.tabletop_expert import Pushes
 from gear_jax.types import Observation
 
@@ -30,8 +30,9 @@ def episodes(
         tasks: numbers in its order.
         inits: numbers of initial states, of each task.
         speed: of the expert; at full speed nothing that follows the recorded path could catch up.
-        noise: strength of the pushes that what is executed gets, 0 .. 1; recorded actions stay the
-            expert's own (DART, arXiv 1703.09327).
+        noise: strength of the pushes that what is executed gets, 0 .. 1 (as in DART, arXiv
+            1703.09327); a run is cut there into several episodes, so that all that is recorded was
+            meant.
         seed: of the pushes; an episode depends on it, on the task and the initial state alone.
         encoding: of images, "jpeg" or "png".
         look: what is recorded, if not what the simulator shows.
@@ -48,13 +49,21 @@ def episodes(
         task = known[number]
         for init in inits:
             simulator.reset(task.name, init)
-            recorder = Recorder(f"{task.suite}/{task.name}/init_{init}", encoding=encoding)
+            source = f"{task.suite}/{task.name}/init_{init}"
+            run = CutRun(source, encoding=encoding)
             push = Pushes(np.random.default_rng([seed, number, init]), size=noise)
             expert, done = LiberoExpert(simulator, speed=speed), False
             for _ in range(task.max_steps):
                 action = expert.act()
-                recorder.add((look or simulator.observe)(), action, simulator.fingers())
-                done = simulator.act(push(action) if noise else action)
+                pushed = push(action) if noise else action
+                if np.array_equal(pushed, action):
+                    run.add((look or simulator.observe)(), action, simulator.fingers())
+                else:
+                    run.cut()
+                done = simulator.act(pushed)
                 if done:
                     break
-            yield recorder.source, recorder.episode() if done else None
+            if done:
+                yield from run.episodes()
+            else:
+                yield source, None

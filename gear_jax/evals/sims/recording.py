@@ -1,6 +1,7 @@
 """Episodes of a simulator -> what `data/rlds_writer.py` writes, under LIBERO's field names.
 
     Recorder.add(observation, action), step by step -> columns(), Recorder.episode() -> RldsWriter
+    CutRun.add(...), CutRun.cut() where the robot is pushed -> CutRun.episodes() -> RldsWriter
 
 The keys, and how images lie in them, are those of the public RLDS copies of LIBERO
 (`modified_libero_rlds`): row `libero` of data/standard_rows.py reads both. Those copies keep the
@@ -9,6 +10,7 @@ with left and right exchanged. It is stored so here too, and the row undoes it.
 """
 
 import io
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +26,7 @@ _OBS = "steps/observation/"
 _IMAGES = {f"{_OBS}image": "head", f"{_OBS}wrist_image": "right_wrist"}
 _RIGHT = ARMS.index("right")
 _JPEG_QUALITY = 95
+_SHORTEST = 8  # control steps of a part that is kept
 
 
 def columns(num_joints: int = 7, encoding: Literal["jpeg", "png"] = "jpeg") -> dict[str, Column]:
@@ -128,6 +131,37 @@ class Recorder:
             "steps/language_instruction": [self.instruction] * num_steps,
             "episode_metadata/file_path": self.source,
         }
+
+
+class CutRun:
+    """One run of an expert as episodes: each push ends one, and what follows begins the next.
+
+    Chunks are made of poses that were reached, so only what was meant may lie within an episode.
+    """
+
+    def __init__(self, source: str, *, num_joints: int = 7, encoding: str = "jpeg"):
+        """Empty; arguments as `Recorder`'s. Part n is called "<source>#<n>"."""
+        self.source = source
+        self._how = {"num_joints": num_joints, "encoding": encoding}
+        self._parts: list[Recorder] = []
+        self._cut = True
+
+    def add(self, observation: Observation, action, fingers=None) -> None:
+        """As `Recorder.add`."""
+        if self._cut:
+            self._parts.append(Recorder(f"{self.source}#{len(self._parts)}", **self._how))
+            self._cut = False
+        self._parts[-1].add(observation, action, fingers)
+
+    def cut(self) -> None:
+        """The robot is about to do something that nobody meant."""
+        self._cut = True
+
+    def episodes(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Source and record of each part that is long enough; the last ends in success."""
+        for part in self._parts:
+            if len(part) >= _SHORTEST:
+                yield part.source, part.episode(success=part is self._parts[-1])
 
 
 def is_no_op(action: np.ndarray, previous: np.ndarray | None) -> bool:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from gear_jax.data.embodiments import embodiment
-from gear_jax.evals.sims.recording import Recorder
+from gear_jax.evals.sims.recording import CutRun
 from gear_jax.evals.sims.tabletop import (
     COLOURS,
     MAX_STEPS,
@@ -21,7 +21,7 @@ from gear_jax.evals.sims.tabletop_expert import Pushes, TabletopExpert
 
 NUM_JOINTS = embodiment("tabletop_gantry").joints["right"]
 _AFTER = 6  # control steps recorded after success: hold on
-_SHORTEST = 8  # control steps of a part that is kept
+_PUSHED = 0.007  # of control steps a push begins at: a run is cut there
 _FIRST_QUESTION = 1_000_000  # initial states from here on are asked about
 
 
@@ -74,28 +74,22 @@ def _demonstrate(simulator, task, init, noise, seed, encoding):
     simulator.reset(task, init)
     if noise:
         _wander(simulator, rng)
-    expert, push, left = TabletopExpert(simulator), Pushes(rng, size=noise), None
-    parts: list[Recorder] = []
-    pushed = True  # the first step begins a part
+    expert, push, left = TabletopExpert(simulator), Pushes(rng, chance=_PUSHED, size=noise), None
+    run = CutRun(source, num_joints=NUM_JOINTS, encoding=encoding)
     for _ in range(MAX_STEPS):
         action = expert.act()
-        before, done = pushed, action if left is not None else push(action)
-        pushed = not np.array_equal(done, action)
-        if not pushed:
-            if before:
-                parts.append(
-                    Recorder(f"{source}#{len(parts)}", num_joints=NUM_JOINTS, encoding=encoding)
-                )
-            parts[-1].add(simulator.observe(), action)
+        done = action if left is not None else push(action)
+        if np.array_equal(done, action):
+            run.add(simulator.observe(), action)
+        else:
+            run.cut()
         simulator.act(done)
         if left is None and simulator.solved():
             left = _AFTER
         elif left is not None:
             left -= 1
             if not left:
-                for part in parts:
-                    if len(part) >= _SHORTEST:
-                        yield part.source, part.episode(success=part is parts[-1])
+                yield from run.episodes()
                 return
     yield source, None
 
@@ -118,16 +112,14 @@ def _wander(simulator, rng):
 def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda done: None) -> None:
     """Records (docs/vision_language.md) of random scenes, about their places.
 
-    points: where is the red block? scenes: where is what? offsets: the same from the hand, whole
-    centimetres along its own x and y, with the wrist view. ways: an instruction, and where its
-    block is from the hand, along all three axes. The hand is anywhere, at any height, so that the
-    model has seen what a policy will see. scenes and offsets name the blocks in random order, each
-    before its place: without such descriptions, a model from nothing does not learn which colour
-    was asked for (docs/quickstart.md).
+    points: where is the red block? scenes: where is what, in random order, each name before its
+    place: without such descriptions, a model from nothing does not learn which colour was asked for
+    (docs/quickstart.md). ways: an instruction with both views, and where its block is from the
+    hand, in whole centimetres along its own axes. The hand is anywhere, at any height, so that the
+    model has seen what a policy will see.
 
     Args:
-        folder: points.jsonl, scenes.jsonl, offsets.jsonl, ways.jsonl and images/ appear in it;
-            images first.
+        folder: points.jsonl, scenes.jsonl, ways.jsonl and images/ appear in it; images first.
         num_scenes: images.
         seed: of hands and scenes.
         progress: told the number of scenes done.
@@ -136,14 +128,14 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
     (folder / "images").mkdir(parents=True, exist_ok=True)
     simulator = TabletopSimulator()
     rng, order = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-    points, scenes, offsets, ways = [], [], [], []
+    points, scenes, ways = [], [], []
     for number in range(num_scenes):
         colour = list(COLOURS)[number % len(COLOURS)]
         simulator.place(colour, _FIRST_QUESTION + seed * num_scenes + number, rng)
         images = [f"images/{number:06d}.png", f"images/{number:06d}_wrist.png"]
         for file, view in zip(images, simulator.observe().images.values(), strict=True):
             cv2.imwrite(str(folder / file), view[..., ::-1])
-        name, seen, felt = f"tabletop/{seed}/{number}", [], []
+        name, seen = f"tabletop/{seed}/{number}", []
         for block, its in enumerate(simulator.scene.colours):
             place = np.clip(simulator.pixel(block), 0, simulator.image_size - 1)
             x, y = (round(float(value)) for value in place)
@@ -153,28 +145,20 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
             )  # fmt: skip
             seen.append(f"{its} block [{x}, {y}]")
             x, y, z = (round(100 * float(value)) for value in simulator.offset(block))
-            felt.append(f"{its} block [{x}, {y}]")
             told = PHRASES[order.integers(len(PHRASES))].format(its)
             ways.append(
                 {"id": f"{name}/{its}", "type": "understanding_qa",
-                 "question": f"{told}: which way?", "answer": f"[{x}, {y}, {z}]", "images": images}
+                 "question": told, "answer": f"{x:+03} {y:+03} {z:+03}", "images": images,
+                 "views": ["head", "right_wrist"]}
             )  # fmt: skip
-        turn = order.permutation(len(seen))
-        about = {"id": name, "type": "understanding_qa"}
-        for records, asked, said, shown in (
-            (scenes, "Where is what?", seen, images[:1]),
-            (offsets, "Where is what from the hand?", felt, images),
-        ):
-            answer = ", ".join(said[block] for block in turn)
-            records.append({**about, "question": asked, "answer": answer, "images": shown})
+        answer = ", ".join(seen[block] for block in order.permutation(len(seen)))
+        scenes.append(
+            {"id": name, "type": "understanding_qa", "question": "Where is what?",
+             "answer": answer, "images": images[:1]}
+        )  # fmt: skip
         progress(number + 1)
     simulator.close()
-    for name, records in (
-        ("ways", ways),
-        ("offsets", offsets),
-        ("scenes", scenes),
-        ("points", points),
-    ):
+    for name, records in (("ways", ways), ("scenes", scenes), ("points", points)):
         partial = folder / f".{name}.partial"
         partial.write_text("".join(json.dumps(record) + "\n" for record in records))
         partial.rename(folder / f"{name}.jsonl")

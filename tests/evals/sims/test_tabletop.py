@@ -1,4 +1,3 @@
-import json
 import re
 
 import numpy as np
@@ -212,11 +211,9 @@ def test_the_chunks_of_demonstrations_lift_the_block_again(prepared, simulator):
 
 def test_questions_are_records_that_the_pipeline_takes(tmp_path):
     tabletop_data.write_questions(tmp_path, 6)
-    pool, scenes, offsets, ways = (
-        Pool(tmp_path / f"{name}.jsonl") for name in ("points", "scenes", "offsets", "ways")
-    )
-    assert (len(pool), len(scenes), len(offsets), len(ways)) == (18, 6, 6, 18)
-    assert not [*pool.check(), *scenes.check(), *offsets.check(), *ways.check()]
+    pool, scenes, ways = (Pool(tmp_path / f"{name}.jsonl") for name in ("points", "scenes", "ways"))
+    assert (len(pool), len(scenes), len(ways)) == (18, 6, 18)
+    assert not [*pool.check(), *scenes.check(), *ways.check()]
     records = [pool.record(number) for number in range(18)]
     points = np.array([record["points"][0] for record in records])
     assert ((points >= 0) & (points < 64)).all()
@@ -226,16 +223,22 @@ def test_questions_are_records_that_the_pipeline_takes(tmp_path):
         said = {f"{one['label']} {one['points'][0]}" for one in three}
         assert set(re.findall(r"\w+ block \[\d+, \d+\]", scenes.record(number)["answer"])) == said
         assert {one["images"][0] for one in three} == {scenes.record(number)["images"][0]}
-        felt = offsets.record(number)
-        assert felt["images"][0] == scenes.record(number)["images"][0]
-        assert len(felt["images"]) == 2
-        named = [re.findall(r"(\w+) block", one["answer"]) for one in (felt, scenes.record(number))]
-        assert named[0] == named[1]
-        for block in range(3):
-            way = ways.record(3 * number + block)
-            [colour] = [one for one in COLOURS if one in way["question"]]
-            x, y, _ = json.loads(way["answer"])
-            assert f"{colour} block [{x}, {y}]" in felt["answer"]
+        told = [ways.record(3 * number + block) for block in range(3)]
+        assert {one["images"][0] for one in told} == {three[0]["images"][0]}
+        assert {one["label"].split()[0] for one in three} == {
+            colour for one in told for colour in COLOURS if colour in one["question"]
+        }
+        for one in told:
+            assert one["views"] == ["head", "right_wrist"]
+            assert re.fullmatch(r"[+-]\d\d [+-]\d\d [+-]\d\d", one["answer"])
+
+
+def test_a_way_is_where_the_block_is_from_the_hand(tmp_path, simulator, monkeypatch):
+    monkeypatch.setattr(TabletopSimulator, "offset", lambda self, block: (0.031, -0.124 * block, 0))
+    tabletop_data.write_questions(tmp_path, 1)
+    ways = Pool(tmp_path / "ways.jsonl")
+    said = [ways.record(block)["answer"] for block in range(3)]
+    assert said == ["+03 +00 +00", "+03 -12 +00", "+03 -25 +00"]
 
 
 def test_an_offset_is_seen_from_the_hand(simulator):
