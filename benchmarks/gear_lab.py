@@ -62,7 +62,7 @@ def small_config(
     config.data.sets[SET].drawing = {
         "num_targets": 1, "seconds": 1.0, "hold": 1.0, "seed": seed, **drawing
     }  # fmt: skip
-    config.data.fast = {"path": f"{folder}/fast", "num_chunks": 2000, "vocab_size": 2048}
+    config.data.fast.update(path=f"{folder}/fast", num_chunks=2000, vocab_size=2048)
     config.data.update(batch_size=batch_size, random_side=False, hold_out=0.2)
     config.data.augment = None
     config.monitor.every = 0
