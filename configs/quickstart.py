@@ -14,6 +14,7 @@ import dataclasses
 from configs import gear_base, latents
 
 STAGES = ("vlm", "spatial", "latents", "pretrain", "policy")
+DEPTH = 5  # of language; stage "vlm" has the first three
 VLM = "configs/quickstart_vlm"  # `launch.publish` wrote it
 
 
@@ -22,6 +23,7 @@ class World:
     """What one quickstart trains on.
 
     Attributes:
+        config: file that says it.
         root: folder of all that it writes.
         name: of its demonstration set.
         row: standardisation row of that set.
@@ -29,6 +31,7 @@ class World:
         questions: pools below <root>/questions.
     """
 
+    config: str
     root: str
     name: str
     row: str
@@ -41,7 +44,14 @@ class World:
         return f"{self.root}/data/{self.name}/1.0.0"
 
 
-TABLETOP = World("runs/quickstart", "tabletop", "tabletop", questions=("points", "scenes", "ways"))
+TABLETOP = World(
+    "configs/quickstart.py", "runs/quickstart", "tabletop", "tabletop",
+    questions=("points", "scenes", "ways"),
+)  # fmt: skip
+LIBERO = World(
+    "configs/quickstart_libero.py", "runs/quickstart_libero", "libero_spatial_scripted", "libero",
+    options={"joint_state": "used"},
+)  # fmt: skip
 
 
 def get_config(arg="policy", world=TABLETOP):
@@ -88,7 +98,8 @@ def _vlm(config, world):
     gear_base.optim(config, 2000, 1.5e-3, expert=False)
     config.optim.partitions = (("state/.*", None), (".*", "vlm"))
     config.optim.update(warmup_steps=100, b2=0.98)
-    config.model.update(train_vision=True, drops="none", with_fast=False, scrambled=0.0)
+    config.model.update(train_vision=True, with_fast=False)
+    config.model.update(scrambled=0.0, through_latents=False)
     config.model.projector.geometry_std = 0.07  # 3D features have nothing to disturb yet
     config.data.sets = {}
     config.data.pools.ways.weight = 0.0
@@ -98,45 +109,58 @@ def _vlm(config, world):
 
 
 def _spatial(config, world):
-    """The same towers, asked where things are from the hand as well."""
+    """The same towers: where things are from the hand, and how it moves; all behind latent tokens.
+
+    Nobody knows their codes yet: they are drawn at random, and what follows them is learned.
+    """
+    sets = config.data.sets
     _vlm(config, world)
-    config.optim.update(num_steps=3000, lr=1e-3, schedule="cosine")
-    config.model.update(length=128, scrambled=0.5)
-    for name, weight in (("scenes", 0.0), ("points", 1.0), ("ways", 8.0)):
+    config.optim.update(num_steps=3000, lr=1e-3, schedule="cosine", partitions=((".*", "vlm"),))
+    config.model.update(length=156, scrambled=0.5, through_latents=True, with_fast=True)
+    sets[world.name].update(latents=None, weight=0.5)
+    config.data.sets, config.data.batch_size = sets, 32
+    for name, weight in (("scenes", 0.0), ("points", 0.05), ("ways", 0.45)):
         config.data.pools[name].weight = weight
-    config.model.language.depth = 4
-    config.init.update(run=f"{world.root}/vlm", fresh=(), fresh_rows=(512, 1088), deeper=True)
+    config.model.language.depth = DEPTH
+    config.init.update(
+        run=f"{world.root}/vlm", fresh=("state/.*",), fresh_rows=(512, 1088), deeper=True
+    )
 
 
 def _pretrain(config, world):
-    _on_robots(config, world, "pretrain", num_steps=1200, expert=False, pointing=0.4)
-    config.init.update(published=VLM, fresh=("state/.*",), fresh_rows=(512, 1024))
+    """Latent and FAST tokens; slowly, for what the layers know would soon be forgotten."""
+    config.stage = "pretrain"
+    gear_base.optim(config, 500, 1e-3, expert=False)
+    config.optim.update(schedule="cosine", warmup_steps=50)
+    config.optim.lr_scale = (("language/(layers|final_norm)/.*|(geometry|projector)/.*", 0.1),)
+    config.model.language.depth = DEPTH
+    config.data.batch_size = 16
+    asked = {"points": 0.05, "ways": 0.35} if world.questions else {}
+    config.data.sets[world.name].weight = 1 - sum(asked.values())
+    for name in world.questions:
+        config.data.pools[name].weight = asked.get(name, 0.0)
+    config.data.fast.path = f"{VLM}/fast"
+    config.init.update(published=VLM)
 
 
 def _policy(config, world):
-    _on_robots(config, world, "policy", num_steps=1800, expert=True, pointing=0.1)
+    """The expert alone: a VLM that stays as it is costs a third of one that learns on."""
+    config.stage = "policy"
+    gear_base.optim(config, 2500, 1e-3, expert=True)
+    config.optim.update(schedule="cosine", warmup_steps=100)
+    config.optim.partitions = (("expert/.*", "expert"), (".*", None))
+    config.model.language.depth = DEPTH
+    config.model.with_fast = False
+    config.data.batch_size, config.data.pools = 16, {}
     config.init.update(run=f"{world.root}/pretrain", fresh=("expert/.*",))
 
 
-def _on_robots(config, world, stage, *, num_steps, expert, pointing):
-    """Demonstrations, and a share of pointing."""
-    config.stage = stage
-    config.model.language.depth = 4
-    gear_base.optim(config, num_steps, 5e-4, expert=expert)
-    config.optim.update(schedule="cosine", warmup_steps=50)
-    config.data.batch_size = 16
-    config.data.sets[world.name].weight = 1 - pointing
-    for name in world.questions:
-        config.data.pools[name].weight = pointing * _ASKED.get(name, 0.0)
-
-
-_ASKED = {"points": 0.1, "ways": 0.9}  # shares of the questions beside demonstrations
 _STAGES = {"vlm": _vlm, "spatial": _spatial, "pretrain": _pretrain, "policy": _policy}
 
 _MODEL = {
     "tokenizer": "small", "image_size": 64, "length": 156, "real_tokens": 120,
     "fast_length": 40, "most_labels": 96, "flow_draws": 4, "fast_sees": "latents", "remat": "none",
-    "scrambled": 0.5, "through_latents": True,
+    "scrambled": 0.5, "through_latents": True, "drops": "none",
     "language": {
         "depth": 3, "width": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 24,
         "mlp_dim": 256, "vocab_size": 1088, "rope_sections": (4, 4, 4), "tied_head": True,

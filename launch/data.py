@@ -23,7 +23,7 @@ import typing
 from rich.console import Console
 from rich.progress import Progress
 
-from gear_jax.data.catalog import DatasetConfig, Format, open_prepared, open_source
+from gear_jax.data.catalog import DatasetConfig, Format, open_prepared, open_source, row_options
 from gear_jax.data.measure import Measured, measure
 from gear_jax.data.mixtures import Phase
 from gear_jax.data.pipeline import Stream, StreamConfig
@@ -81,7 +81,6 @@ def main(argv=None):
 
 
 def _config(args):
-    pairs = [option.partition("=") for option in args.option]
     kinematics = json.loads(pathlib.Path(args.kinematics).read_text()) if args.kinematics else {}
     return DatasetConfig(
         args.path,
@@ -90,18 +89,10 @@ def _config(args):
         format=args.format,
         split=args.split,
         layout=args.layout,
-        options={key: _value(value) for key, _, value in pairs},
+        options=row_options(args.option),
         kinematics=kinematics,
         budget=args.budget,
     )
-
-
-def _value(text):
-    """A number where it is one, else the text."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _progress():

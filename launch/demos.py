@@ -61,7 +61,7 @@ SIMULATORS: dict[str, Callable[[Any], Episodes]] = {
     for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 } | {"tabletop": _tabletop}
 NUM_JOINTS = {"tabletop": 4}  # LIBERO's arms have 7
-_INITS_AT_A_TIME = 8  # of the tabletop, in one worker; of LIBERO one task is
+_INITS_AT_A_TIME = {"tabletop": 8, "libero": 13}  # in one worker; of LIBERO, of one task
 
 
 def _episodes(args) -> Episodes:
@@ -69,11 +69,14 @@ def _episodes(args) -> Episodes:
     if args.workers == 1:
         yield from SIMULATORS[args.sim](args)
         return
-    name, size = ("inits", _INITS_AT_A_TIME) if args.sim == "tabletop" else ("tasks", 1)
-    numbers = getattr(args, name)
+    together = args.sim == "tabletop"  # all its tasks are one model
+    size = _INITS_AT_A_TIME["tabletop" if together else "libero"]
     parts = [
-        argparse.Namespace(**{**vars(args), name: numbers[first : first + size]})
-        for first in range(0, len(numbers), size)
+        argparse.Namespace(
+            **{**vars(args), "tasks": tasks, "inits": args.inits[first : first + size]}
+        )
+        for tasks in ([args.tasks] if together else [[task] for task in args.tasks])
+        for first in range(0, len(args.inits), size)
     ]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         for made in pool.imap(_part, parts):

@@ -19,7 +19,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gear_jax.data.catalog import DatasetConfig, open_prepared
+from gear_jax.data.catalog import DatasetConfig, open_prepared, row_options
 from gear_jax.data.latent_ids import LatentIds, LatentWriter
 from gear_jax.data.tfrecord import DataError
 from gear_jax.train import extraction, latents, sharding
@@ -36,6 +36,7 @@ def main(argv=None):
     parser.add_argument("--tokenizer", type=pathlib.Path, required=True, help="run of `latents`")
     parser.add_argument("--path", required=True, help="folder of the data set")
     parser.add_argument("--row", required=True, help="as in launch.data")
+    parser.add_argument("--option", action="append", default=[], help="of the row: KEY=VALUE")
     parser.add_argument("--work", required=True, help="folder of the index and prepared numbers")
     parser.add_argument("--format", help="as in launch.data")
     parser.add_argument("--split", default="train")
@@ -66,7 +67,7 @@ def _extract(args):
         )
     config = DatasetConfig(
         args.path, args.row, args.work, format=args.format, split=args.split, layout=args.layout,
-        drawing=args.drawing,
+        options=row_options(args.option), drawing=args.drawing,
     )  # fmt: skip
     prepared = open_prepared(config)
     cfg, params, codebook, source = latents.load(args.tokenizer)

@@ -4,7 +4,8 @@
     python -m launch.publish --run runs/policy --target checkpoints/vlm --only '(?!expert/).*'
 
 The newest whole checkpoint is taken, its averaged parameters where there are some. A config names
-the folder as `init.published`. It appears whole or not at all, with a digest of every file. Exit
+the folder as `init.published`. Beside them lies fast/, the action tokenizer that they were trained
+with, for `data.fast.path`. It appears whole or not at all, with a digest of every file. Exit
 codes: 0 done; 4 something that cannot be used, said in one sentence.
 """
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 import gear_jax
 from gear_jax.data.tfrecord import DataError
+from gear_jax.tokenizers.fast import FastTokenizer
 from gear_jax.train import checkpoint, sharding, trained
 from gear_jax.train.gear import make_model
 
@@ -51,6 +53,7 @@ def publish(run, target, only, dtype):
     mesh = sharding.make_mesh({"data": -1}, jax.local_devices())
     found = trained.load(run, config, make_model(config), mesh)
     kept = _chosen(found.params, only, DTYPES[dtype])
+    fast = FastTokenizer.load(config.data.fast.path) if config.model.with_fast else None
     manifest = {
         "gear_jax": gear_jax.__version__,
         "stage": config.stage,
@@ -61,6 +64,8 @@ def publish(run, target, only, dtype):
     }
     with checkpoint.new_directory(target) as folder:
         checkpoint.save_params(folder, kept)
+        if fast is not None:
+            fast.save(folder / "fast")
         for mark in folder.rglob("commit_success.txt"):  # Orbax writes this machine's path into it
             mark.write_text("Checkpoint commit was successful")
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))

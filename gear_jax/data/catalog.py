@@ -10,7 +10,7 @@ set's own folder is never written to.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from gear_jax.data import tfrecord_index
@@ -109,6 +109,18 @@ def detect_format(path: str) -> Format:
         f"{folder}: neither dataset_info.json (RLDS) nor meta/info.json (LeRobot) is there: give "
         "the format: hdf5 or video, or the folder one level deeper"
     )
+
+
+def row_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of a row from KEY=VALUE, numbers as such; `choose_row` checks them."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        try:
+            options[key] = float(value)
+        except ValueError:
+            options[key] = value
+    return options
 
 
 def open_row(config: DatasetConfig) -> Row:

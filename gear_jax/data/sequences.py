@@ -83,8 +83,9 @@ class SequenceConfig:
             "none" leaves the block out.
         with_fast: False leaves the FAST block out.
         prompt_tokens: learned embeddings of the robot, behind the instruction.
-        through_latents: questions about a robot's views are answered behind a latent block, whose
-            codes `gear.scramble` draws: with `fast_sees` "latents", from its keys and values alone.
+        through_latents: questions about a robot's views, and FAST tokens of rows without ids, stand
+            behind a latent block whose codes `gear.scramble` draws: with `fast_sees` "latents" they
+            are said from its keys and values alone.
         prompt_only: end where a policy goes on: with the token that opens the latent block, with
             the learned embeddings, or behind a question.
     """
@@ -340,10 +341,8 @@ def _asked(question, segment, view_mask, tokenizer, ids, config):
         return row.finish()
     block = 0
     if question.robot and config.through_latents:
-        block, places = ANSWER_BLOCK, np.arange(config.transitions * config.codes)
-        row.add(ids.latent[0], act=LATENT_BLOCK)
-        row.add(np.full_like(places, ids.latent[1]), act=LATENT_BLOCK, latent=places, group=LATENT)
-        row.add(ids.latent[2], act=LATENT_BLOCK)
+        block = ANSWER_BLOCK
+        _drawn_latents(row, ids, config)
     answer = [*tokenizer.encode(question.answer), ids.end]
     row.add(answer, label=True, segment=segment, act=block)
     return row.finish()
@@ -419,7 +418,11 @@ def _latents(row, batch, index, ids, config, first):
     if config.prompt_only:
         row.add(ids.latent[0], act=LATENT_BLOCK)
         return
-    mask = np.repeat(batch["latent_mask"][index], config.codes)
+    known = batch["latent_mask"][index] if "latent_mask" in batch else np.array(False)
+    if config.through_latents and not known.any():
+        _drawn_latents(row, ids, config)
+        return
+    mask = np.repeat(known, config.codes)
     row.add(ids.latent[0], label=mask.any(), act=LATENT_BLOCK)
     row.add(
         ids.latent[1] + batch["latent_ids"][index].reshape(-1),
@@ -428,6 +431,14 @@ def _latents(row, batch, index, ids, config, first):
         **there,
     )
     row.add(ids.latent[2], label=mask.any(), act=LATENT_BLOCK)
+
+
+def _drawn_latents(row, ids, config):
+    """A latent block of codes that nobody knows: `gear.scramble` draws them, none is learned."""
+    places = np.arange(config.transitions * config.codes)
+    row.add(ids.latent[0], act=LATENT_BLOCK)
+    row.add(np.full_like(places, ids.latent[1]), act=LATENT_BLOCK, latent=places, group=LATENT)
+    row.add(ids.latent[2], act=LATENT_BLOCK)
 
 
 def _state(row, state, index, ids, first):

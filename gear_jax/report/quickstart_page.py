@@ -1,9 +1,10 @@
 """The quickstart's report: success beside its floors, what each step cost, curves, films.
 
-Reads runs/quickstart as launch/quickstart.py leaves it. Needs matplotlib (extra `report`).
+Reads a folder as launch/quickstart.py leaves it. Needs matplotlib (extra `report`).
 """
 
 import base64
+import html
 import json
 import pathlib
 from collections.abc import Mapping
@@ -32,17 +33,25 @@ _CURVES = {
 }
 
 
-def write(run: pathlib.Path, found: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+def write(
+    run: pathlib.Path,
+    found: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    *,
+    title: str,
+    note: str,
+) -> None:
     """Write report.html, and a page for each evaluation.
 
     Args:
         run: folder of the quickstart.
         found: {evaluation: count} as `evals/statistics.py` counts.
         seconds: {step: seconds}.
+        title: of the page.
+        note: what is to be said of its numbers.
     """
     parts = [
-        '<p class="note">A toy world made of boxes: its success rates belong in no table beside '
-        "published ones.</p>",
+        f'<p class="note">{html.escape(note)}</p>',
         "<h2>Success</h2>",
         _success(found),
         html_parts.table({_WORDS[name]: _said(count) for name, count in found.items()}),
@@ -63,7 +72,7 @@ def write(run: pathlib.Path, found: Mapping[str, Any], seconds: Mapping[str, flo
         )
     if (run / "ids" / "page.html").is_file():
         parts.append('<li><a href="ids/page.html">latent actions</a>: codes and what they do</li>')
-    html_parts.write(run / "report.html", "GEAR-VLA on the embedded tabletop", [*parts, "</ul>"])
+    html_parts.write(run / "report.html", title, [*parts, "</ul>"])
 
 
 def _said(count):

@@ -308,11 +308,15 @@ def loss(params, cfg, batch, rng):
 
 
 def scramble(cfg, batch, rng):
-    """Tokens int32[B, T]: `scrambled` rows read random codes and words where they answer."""
+    """Tokens int32[B, T]: `scrambled` rows read random codes and words where they answer.
+
+    Codes that no row learns are nobody's, and always drawn.
+    """
     rows, count = batch["latent_index"].shape
     which, words, codes = jax.random.split(rng, 3)
-    asked = (batch["acts"] == ANSWER_BLOCK).any(axis=1, keepdims=True)  # has no codes of its own
-    hit = jax.random.bernoulli(which, cfg.scrambled, (rows, 1)) | asked
+    learned = jnp.take_along_axis(batch["labels"], batch["latent_index"], axis=1) != IGNORE
+    own_codes = (learned & batch["latent_valid"]).any(axis=1, keepdims=True)
+    hit = jax.random.bernoulli(which, cfg.scrambled, (rows, 1))
     first, size = cfg.latent_ids
     tokens = batch["tokens"]
     said = hit & (batch["labels"] != IGNORE) & (batch["acts"] == 0)
@@ -320,7 +324,8 @@ def scramble(cfg, batch, rng):
     own = size // (max(cfg.latent_pattern) + 1)
     groups = jnp.tile(jnp.array(cfg.latent_pattern), count // len(cfg.latent_pattern))
     drawn = first + own * groups[None] + jax.random.randint(codes, (rows, count), 0, own)
-    place = jnp.where(hit & batch["latent_valid"], batch["latent_index"], tokens.shape[1])
+    hit = (hit | ~own_codes) & batch["latent_valid"]
+    place = jnp.where(hit, batch["latent_index"], tokens.shape[1])
     return tokens.at[jnp.arange(rows)[:, None], place].set(drawn, mode="drop")
 
 

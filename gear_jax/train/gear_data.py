@@ -149,10 +149,12 @@ def _open_latents(config, sets, sequence):
     made = {}
     for name, one in sets.items():
         path = config.data.sets[name].get("latents")
+        if path is None and sequence.through_latents:
+            continue
         if path is None:
             raise DataError(
                 f"data.sets.{name}.latents is None: expected the folder of its latent action ids; "
-                "make them with launch.extract"
+                "make them with launch.extract, or set model.through_latents"
             )
         made[name] = LatentIds(path, one)
         found, wanted = made[name].spec.shape, (sequence.transitions, sequence.codes)

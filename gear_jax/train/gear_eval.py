@@ -70,7 +70,7 @@ class HeldOut:
         prompts = token_rows(batch, maker.tokenizer, prompt_only, [None] * len(batch["sample"]))
         prompts["positions"] = np.moveaxis(prompts["positions"], 0, 1)
         said = {f"{_PROMPT}/{key}": value for key, value in prompts.items()}
-        ids = {key: batch[key] for key in ("latent_ids", "latent_mask")}
+        ids = {key: batch[key] for key in ("latent_ids", "latent_mask") if key in batch}
         return arrays(batch) | said | ids
 
 
@@ -104,9 +104,10 @@ def measure(params, *, cfg, batch, rng):
     if cfg.latents == "codes":
         ids, prompt_kv, grown = gear.say_latents(params, cfg, prompts, prompt_hidden, prompt_kv)
         prompts |= grown
-        wanted = batch["latent_ids"].reshape(ids.shape)
-        there = jnp.repeat(batch["latent_mask"], ids.shape[1] // batch["latent_mask"].shape[1], 1)
-        made["latent_right"] = jnp.sum((ids == wanted) & there), jnp.sum(there)
+        if "latent_ids" in batch:
+            wanted, there = batch["latent_ids"].reshape(ids.shape), batch["latent_mask"]
+            there = jnp.repeat(there, ids.shape[1] // there.shape[1], 1)
+            made["latent_right"] = jnp.sum((ids == wanted) & there), jnp.sum(there)
     if cfg.expert is None:
         return _as_float(made)
 

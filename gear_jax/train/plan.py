@@ -32,7 +32,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
         faults.append(
             f"model.latents is 'none' and model.kv_sources {tuple(model.kv_sources)} has 'latent'"
         )
-    if model.latents == "learned" and not model.with_fast and not model.joint_grad:
+    trained = next((label for pattern, label in config.optim.partitions
+                    if re.fullmatch(pattern, "learned/latents")), None)  # fmt: skip
+    idle = trained is not None and not model.with_fast and not model.joint_grad
+    if model.latents == "learned" and idle:
         faults.append(
             "model.latents is 'learned' and model.with_fast is False: nothing trains the learned "
             "latents, for the flow loss is stopped before them; expected latents 'none' and "

@@ -170,6 +170,23 @@ def test_a_question_about_a_robots_views_may_be_answered_through_a_latent_block(
     assert not row["acts"].any()
 
 
+def test_fast_tokens_of_a_row_without_ids_may_stand_behind_a_latent_block():
+    config = dataclasses.replace(CONFIG, through_latents=True)
+    nowhere = _batch(latent_mask=np.zeros((1, 2), bool))
+    unknown = {key: value for key, value in nowhere.items() if not key.startswith("latent_")}
+    codes = ["<|la_start|>", *["<la_0>"] * 4, "<|la_end|>"]
+    said = ["<|fast_start|>", "<fast_0000>", "<fast_0002>", "<|fast_end|>", "<|im_end|>"]
+    for batch in (nowhere, unknown):
+        row = _one(batch, config=config)
+        assert _names(row["tokens"][-11:]) == [*codes, *said]
+        assert row["latent_valid"].all()
+        assert (row["segments"][-11:] == 1).all()
+        assert _names(row["tokens"][row["labels"] != IGNORE]) == said
+    known = _one(_batch(), config=config)
+    for name, value in _one(_batch()).items():  # a row that has ids is as it was
+        np.testing.assert_array_equal(known[name], value, err_msg=name)
+
+
 def test_questions_that_share_a_row_are_as_if_each_came_alone():
     one, two = Question("b", "c d", (0,)), Question("a b", "e", (1,))
     row = _one(_batch(instruction=[""], questions=[[one, two]]), fast=None)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import policy_gear
+from gear_jax.tokenizers.fast import FastTokenizer
 from gear_jax.train import checkpoint, start
 from gear_jax.train.gear import make_model
 from gear_jax.train.run_checkpoints import RunCheckpoints
@@ -20,6 +21,9 @@ def run(tmp_path_factory):
     """A workdir as the loop leaves it, without the training."""
     folder = tmp_path_factory.mktemp("run")
     config = policy_gear.get_config("debug")
+    config.data.fast.path = str(folder / "fast")
+    chunks = np.random.default_rng(0).uniform(-1, 1, (50, 30, 20))
+    FastTokenizer.fit(chunks, vocab_size=400).save(config.data.fast.path)
     params, _ = make_model(config).init(jax.random.key(0))
     (folder / "config.json").write_text(config.to_json())
     checkpoints = RunCheckpoints(folder / "checkpoints")
@@ -43,6 +47,8 @@ def test_chosen_parameters_are_published_in_the_dtype_that_is_asked(run, tmp_pat
     checkpoint.verify_digests(target)
     assert set(checkpoint.stored_dtypes(target).values()) == {jnp.dtype("bfloat16")}
     assert json.loads((target / "manifest.json").read_text())["step"] == 3
+    for file in (folder / "fast").iterdir():
+        assert (target / "fast" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_run_begins_with_what_was_published(run, tmp_path):

@@ -1,6 +1,8 @@
 """The quickstart's plan and its way through it; the steps themselves have their own tests."""
 
+import importlib
 import json
+import pathlib
 
 import jax
 import pytest
@@ -13,36 +15,53 @@ from launch import quickstart
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart, "RUN", tmp_path / "run")
-    monkeypatch.setattr(quickstart, "_report", lambda seconds: len(seconds))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "_report", lambda one, seconds: len(seconds))
     monkeypatch.delenv("FROM_SCRATCH", raising=False)
-    return tmp_path / "run"
+    return tmp_path
 
 
-def test_killed_it_goes_on_with_the_step_that_is_not_done(run, monkeypatch, capsys):
+@pytest.mark.parametrize("world", quickstart.QUICKSTARTS)
+def test_killed_it_goes_on_with_the_step_that_is_not_done(world, run, monkeypatch, capsys):
     ran, dies = [], ["pretrain"]
 
-    def step(name, command, where, console):
-        ran.append(name)
-        return 1 if name in dies else 0
+    def step(log, command, where, console):
+        ran.append(log.stem)
+        return 1 if log.stem in dies else 0
 
     monkeypatch.setattr(quickstart, "_run", step)
-    assert quickstart.main() == 1
+    assert quickstart.main([world]) == 1
     assert "error: pretrain ended with 1" in capsys.readouterr().err
     first, dies[:] = list(ran), []
     ran.clear()
-    steps = list(quickstart.plan(from_scratch=False))
-    assert quickstart.main() == len(steps)
+    one = quickstart.QUICKSTARTS[world]
+    steps = list(quickstart.plan(one, from_scratch=False))
+    assert quickstart.main([world]) == len(steps)
     assert first[:-1] + ran == steps
-    assert list(json.loads((run / "steps.json").read_text())) == steps
+    assert list(json.loads((run / one.world.root / "steps.json").read_text())) == steps
+
+
+@pytest.mark.parametrize("world", quickstart.QUICKSTARTS)
+def test_every_stage_of_a_world_has_a_config_that_can_be_built(world):
+    one = quickstart.QUICKSTARTS[world]
+    loaded = importlib.import_module(one.world.config.removesuffix(".py").replace("/", "."))
+    stages = [name for name in quickstart.plan(one, from_scratch=True) if name in configs.STAGES]
+    assert stages == [name for name in configs.STAGES if name in stages]
+    for stage in stages:
+        config = loaded.get_config(stage)
+        assert {fields.path for fields in config.data.sets.values()} <= {one.world.path}
+        if stage != "latents":
+            jax.eval_shape(make_model(config).init, jax.random.key(0))
 
 
 def test_from_scratch_trains_the_vlm_and_begins_with_it():
-    short, whole = (quickstart.plan(from_scratch=flag) for flag in (False, True))
+    one = quickstart.QUICKSTARTS["tabletop"]
+    short, whole = (quickstart.plan(one, from_scratch=flag) for flag in (False, True))
     assert set(whole) - set(short) == {"vlm", "spatial", "publish"}
     assert f"--config.init.published={configs.VLM}" in short["pretrain"]
     target = whole["publish"][whole["publish"].index("--target") + 1]
     assert f"--config.init.published={target}" in whole["pretrain"]
+    assert f"--config.data.fast.path={target}/fast" in whole["pretrain"]
 
 
 def test_the_vlm_that_ships_fits_the_config_and_is_small():
@@ -50,9 +69,9 @@ def test_the_vlm_that_ships_fits_the_config_and_is_small():
     params, _ = jax.eval_shape(make_model(config).init, jax.random.key(0))
     params = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), params)
     begun = loader(config.init, 10**6, lambda line: None)(params)
-    for tower in ("vision", "geometry", "projector", "language"):
+    for tower in ("vision", "geometry", "projector", "language", "state"):
         assert any(bool(leaf.any()) for leaf in jax.tree.leaves(begun[tower])), tower
-    files = [path for path in quickstart.pathlib.Path(configs.VLM).rglob("*") if path.is_file()]
+    files = [path for path in pathlib.Path(configs.VLM).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 4 << 20
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from gear_jax.report import eval_page, quickstart_page
 
+WORDS = {"title": "A toy", "note": "of boxes & belongs in no table"}
 COUNT = {"success": 8, "episodes": 10, "rate": 0.8, "low": 0.49, "high": 0.94}
 
 
@@ -26,13 +27,14 @@ def run(tmp_path, monkeypatch):
 def test_the_report_shows_success_beside_its_floors_films_curves_and_costs(run):
     folder, written = run
     found = dict.fromkeys(("named", "other", "untrained", "replay"), COUNT)
-    quickstart_page.write(folder, found, {"latents": 61.0, "policy": 300.5})
+    quickstart_page.write(folder, found, {"latents": 61.0, "policy": 300.5}, **WORDS)
     page = (folder / "report.html").read_text()
     assert page.count("8 of 10 = 80 % (95 %: 49 .. 94)") == 4
     assert "pick_red-3-failure" in page
     assert "data:video/mp4;base64,ZmlsbQ==" in page
     assert page.count("data:image/png;base64,") == 5  # success, three curves, costs
-    assert "belong in no table" in page
+    assert "of boxes &amp; belongs in no table" in page
+    assert "<title>A toy</title>" in page
     assert [path.name for path in written] == list(found)
 
 
@@ -40,5 +42,5 @@ def test_a_run_without_films_says_so(run):
     folder, _ = run
     for path in (folder / "eval/named/videos").rglob("*.mp4"):
         path.unlink()
-    quickstart_page.write(folder, {"named": COUNT}, {"policy": 1.0})
+    quickstart_page.write(folder, {"named": COUNT}, {"policy": 1.0}, **WORDS)
     assert "No films were kept." in (folder / "report.html").read_text()

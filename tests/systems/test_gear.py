@@ -189,13 +189,16 @@ def test_scrambled_rows_read_random_answers_and_learn_the_true_ones(cfg, params)
 
     stream["questions"][3] = [Question("where is it", "left", (0, 2), robot=True)]
     asked = _rows(stream, through_latents=True)
-    few = dataclasses.replace(cfg, scrambled=1e-9)
+    few, rng = dataclasses.replace(cfg, scrambled=1e-9), jax.random.key(2)
     tokens = np.asarray(gear.scramble(few, asked, jax.random.key(0)))
     moved = (tokens != np.asarray(asked["tokens"])).any(axis=1)
     assert moved.tolist() == [False, False, False, True]  # its codes are nobody's: always drawn
+    stream["latent_mask"][0] = False
+    moved = np.asarray(gear.scramble(few, asked := _rows(stream, through_latents=True), rng))
+    moved = (moved != np.asarray(asked["tokens"])).any(axis=1)
+    assert moved.tolist() == [True, False, False, True]  # nor has a robot's row without ids any
 
     whole = dataclasses.replace(cfg, scrambled=1.0)
-    rng = jax.random.key(2)
     by_hand = {**many, "tokens": gear.scramble(whole, many, jax.random.fold_in(rng, 2))}
     run = jax.jit(gear.loss, static_argnums=1)
     np.testing.assert_allclose(run(params, whole, many, rng)[0], run(params, cfg, by_hand, rng)[0])

@@ -15,7 +15,7 @@ import simplejpeg
 
 from benchmarks import reach_ids
 from configs import gear_base
-from gear_jax.data.sequences import token_rows
+from gear_jax.data.sequences import IGNORE, token_rows
 from gear_jax.data.tfrecord import DataError
 from gear_jax.systems import gear as system
 from gear_jax.train import adapt, gear, loop, optim, plan, policy, pretrain, sharding
@@ -288,6 +288,13 @@ def test_latent_ids_that_are_missing_or_of_another_model_are_named(world):
     config.data.sets.reach.latents = None
     with pytest.raises(DataError, match=r"data.sets.reach.latents is None: .* launch.extract"):
         open_data(config, gear.sequence_config(config.model))
+    config.model.update(through_latents=True, scrambled=0.5)  # then nobody needs to know them
+    stream = open_data(config, gear.sequence_config(config.model)).open_train(config, None)
+    row = next(stream)
+    stream.close()
+    assert row["latent_valid"].all()
+    codes = np.take_along_axis(row["labels"], row["latent_index"], axis=1)
+    assert (codes == IGNORE).all()
     config = _debug("policy_gear", "debug", world)
     config.model.transitions = 1
     with pytest.raises(DataError, match=r"\(5, 4\) transitions and codes, the model has \(1, 4\)"):
