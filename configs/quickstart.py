@@ -130,7 +130,7 @@ def _spatial(config, world):
 def _pretrain(config, world):
     """Latent and FAST tokens; slowly, for what the layers know would soon be forgotten."""
     config.stage = "pretrain"
-    gear_base.optim(config, 500, 1e-3, expert=False)
+    gear_base.optim(config, 350, 1e-3, expert=False)
     config.optim.update(schedule="cosine", warmup_steps=50)
     config.optim.lr_scale = (("language/(layers|final_norm)/.*|(geometry|projector)/.*", 0.1),)
     config.model.language.depth = DEPTH
@@ -146,7 +146,7 @@ def _pretrain(config, world):
 def _policy(config, world):
     """The expert alone: a VLM that stays as it is costs a third of one that learns on."""
     config.stage = "policy"
-    gear_base.optim(config, 2500, 1e-3, expert=True)
+    gear_base.optim(config, 1900, 1e-3, expert=True)
     config.optim.update(schedule="cosine", warmup_steps=100)
     config.optim.partitions = (("expert/.*", "expert"), (".*", None))
     config.model.language.depth = DEPTH

@@ -20,7 +20,7 @@ from gear_jax.evals.sims.tabletop import (
 from gear_jax.evals.sims.tabletop_expert import Pushes, TabletopExpert
 
 NUM_JOINTS = embodiment("tabletop_gantry").joints["right"]
-_AFTER = 6  # control steps recorded after success: hold on
+_AFTER = 16  # control steps recorded after success: up to the top, and hold on
 _PUSHED = 0.007  # of control steps a push begins at: a run is cut there
 _FIRST_QUESTION = 1_000_000  # initial states from here on are asked about
 
@@ -76,7 +76,7 @@ def _demonstrate(simulator, task, init, noise, seed, encoding):
         _wander(simulator, rng)
     expert, push, left = TabletopExpert(simulator), Pushes(rng, chance=_PUSHED, size=noise), None
     run = CutRun(source, num_joints=NUM_JOINTS, encoding=encoding)
-    for _ in range(MAX_STEPS):
+    for _ in range(MAX_STEPS + _AFTER):
         action = expert.act()
         done = action if left is not None else push(action)
         if np.array_equal(done, action):
