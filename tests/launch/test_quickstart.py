@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import re
 
 import jax
 import pytest
@@ -79,3 +80,23 @@ def test_the_vlm_that_ships_fits_the_config_and_is_small():
 def test_a_stage_that_is_none_is_refused(arg):
     with pytest.raises(ValueError, match=r"configs/quickstart.py"):
         configs.get_config(arg)
+
+
+def test_learned_latents_that_stay_as_they_are_need_no_loss_of_their_own():
+    """In "policy" only the expert learns: what "pretrain" taught the latents is kept."""
+    make_model(configs.get_config("policy,wo_latent"))
+    config = configs.get_config("policy,wo_latent")
+    config.optim.partitions = (("vision/.*", None), (".*", "vlm"))
+    with pytest.raises(ValueError, match="nothing trains the learned latents"):
+        make_model(config)
+
+
+def test_every_slow_pattern_names_a_parameter():
+    config = configs.get_config("pretrain")
+    params, _ = jax.eval_shape(make_model(config).init, jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    [(pattern, _)] = config.optim.lr_scale
+    slow = {"/".join(name.split("/")[:2]) for name in names if re.fullmatch(pattern, name)}
+    assert {"language/layers", "language/final_norm"} <= slow
+    assert "language/embed" not in slow
