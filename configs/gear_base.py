@@ -245,6 +245,7 @@ _DEBUG_SETS = {
 
 def _without_geometry(config):
     config.model.geometry = None
+    config.init.unused = (*config.init.unused, "geometry/.*", "projector/geometry_kernel")
 
 
 def _freeze(config, pattern):

@@ -138,13 +138,13 @@ def _pretrain(config, world):
     for name in world.questions:
         config.data.pools[name].weight = asked.get(name, 0.0)
     config.data.fast.path = f"{VLM}/fast"
-    config.init.update(published=VLM)
+    config.init.update(published=VLM, fresh=("learned/.*",))
 
 
 def _policy(config, world):
     """The expert alone: a step costs half, for the VLM stays as it is."""
     config.stage = "policy"
-    gear_base.optim(config, 1900, 1e-3, expert=True)
+    gear_base.optim(config, 1400, 1e-3, expert=True)
     config.optim.update(schedule="cosine", warmup_steps=100)
     config.optim.partitions = (("expert/.*", "expert"), (".*", None))
     config.model.language.depth = DEPTH
@@ -194,7 +194,7 @@ def _robot(world):
 def _latents(world):
     config = latents.get_config("shapes")
     config.model.update(image_size=32, patch_size=8, target_pool=4)
-    config.optim.update(num_steps=1500)
+    config.optim.update(num_steps=1000)
     config.loss.fade_steps = 400
     config.data.sets = {world.name: {
         key: value for key, value in _robot(world).items() if key not in ("group", "latents")

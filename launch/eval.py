@@ -64,6 +64,8 @@ def _arguments(argv):
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the ledger")
     parser.add_argument("--replan", type=int, default=10, help="rows of a chunk until the next")
     parser.add_argument("--seed", type=int, default=0, help="of the policy's noise")
+    parser.add_argument("--temperature", type=float, default=1.0,
+                        help="factor of that noise, 0 .. 1; 1 as in training")  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="simulators at a time")
     parser.add_argument("--batch", type=int, help="of the policy; half of the workers")
     parser.add_argument("--worker-python", default=sys.executable, help="of the simulator's venv")
@@ -94,7 +96,9 @@ def _arguments(argv):
 def _evaluate(args):
     """Run this host's share; whoever ends last writes ledger.jsonl."""
     joined = _join(args)
-    policy = policies.open_policy(args.policy, args.seed, args.mask_guided, replan=args.replan)
+    policy = policies.open_policy(
+        args.policy, args.seed, args.mask_guided, replan=args.replan, temperature=args.temperature
+    )
     workers = remote.WorkerConfig(args.sim, args.options, args.worker_python, args.timeout)
     with contextlib.closing(remote.RemoteSimulator(workers)) as first:
         return _run(args, joined, policy, workers, first)

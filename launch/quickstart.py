@@ -45,6 +45,7 @@ class Quickstart:
         demonstrations: flags of `launch.demos`.
         replayed: likewise, of the few without noise that the replay floor has.
         evaluated: initial states, of each task.
+        temperature: of the policy.
         workers: simulators at a time.
         options: of the simulator, where it is evaluated.
     """
@@ -58,6 +59,7 @@ class Quickstart:
     demonstrations: Sequence[str]
     replayed: Sequence[str]
     evaluated: str
+    temperature: float
     workers: int
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
@@ -74,6 +76,7 @@ QUICKSTARTS = {
         demonstrations=("--inits", "1000:1200", "--noise", "0.7"),
         replayed=("--inits", "1000:1010"),
         evaluated="0:25",  # of each of the four tasks: 100 episodes
+        temperature=0.5,
         workers=8,
     ),
     "libero": Quickstart(
@@ -88,6 +91,7 @@ QUICKSTARTS = {
                         "--quality", "fast"),
         replayed=("--inits", "0:3", "--image-size", "64", "--quality", "fast"),
         evaluated="30:50",
+        temperature=0.5,
         workers=2,
         options={"image_size": 64, "quality": "fast"},
     ),
@@ -151,10 +155,14 @@ def plan(one, *, from_scratch):
     fast = [f"--config.data.fast.path={published}/fast"] if from_scratch else []
     steps["pretrain"] = [*_train(one, "pretrain"), f"--config.init.published={published}", *fast]
     steps["policy"] = _train(one, "policy")
-    steps["evaluate"] = _evaluate(one, "named", f"{root}/policy", "--video", "all", "--videos", 12)
+    drawn = ("--temperature", one.temperature)
+    steps["evaluate"] = _evaluate(one, "named", f"{root}/policy", *drawn,
+                                  "--video", "all", "--videos", 100)  # fmt: skip
     if world.questions:
-        steps["evaluate_other"] = _evaluate(one, "other", f"{root}/policy", instruct="other")
-    steps["evaluate_untrained"] = _evaluate(one, "untrained", f"untrained:{root}/policy")
+        steps["evaluate_other"] = _evaluate(
+            one, "other", f"{root}/policy", *drawn, instruct="other"
+        )
+    steps["evaluate_untrained"] = _evaluate(one, "untrained", f"untrained:{root}/policy", *drawn)
     clean = f"{root}/clean/{world.name}/1.0.0:{root}/clean/work"
     steps["evaluate_replay"] = _evaluate(one, "replay", f"replay:{world.row}:{clean}")
     return steps

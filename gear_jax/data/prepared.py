@@ -330,12 +330,15 @@ class Prepared:
 def hold_out(prepared: Prepared, fraction: float) -> tuple[Prepared, Prepared]:
     """The data set without the episodes held out, and these; an episode's id alone decides.
 
+    Parts of one recording, called <recording>#<n>, stay together: they show the same scene.
+
     Raises:
         ValueError: one of the two would be empty.
     """
     held = np.array(
         [
-            _fraction(prepared.episode(number, images=False).episode_id) < fraction
+            _fraction(prepared.episode(number, images=False).episode_id.partition("#")[0])
+            < fraction
             for number in range(len(prepared))
         ]
     )

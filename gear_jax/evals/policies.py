@@ -54,7 +54,12 @@ POLICIES = {"hold": HoldPolicy, "noise": NoisePolicy}
 
 
 def open_policy(
-    name: str, seed: int = 0, mask_guided: str | None = None, *, replan: int = 10
+    name: str,
+    seed: int = 0,
+    mask_guided: str | None = None,
+    *,
+    replan: int = 10,
+    temperature: float = 1.0,
 ) -> ChunkPolicy:
     """A policy by its name, or the newest checkpoint of a run by its folder.
 
@@ -64,13 +69,17 @@ def open_policy(
         seed: of the noise.
         mask_guided: segmenter of the mask-guided mode (policy/mask_guided.py), or None.
         replan: rows of a chunk until the next query; a replay keeps time by it.
+        temperature: factor of a trained run's noise, 0 .. 1.
 
     Raises:
-        ValueError: neither a name nor a folder, or a floor that is to be mask-guided.
+        ValueError: neither a name nor a folder, a floor that is to be mask-guided or to have a
+            temperature, or a temperature outside 0 .. 1.
     """
     replayed = name.startswith("replay:")
     if (name in POLICIES or replayed) and mask_guided is not None:
         raise ValueError(f"policy {name!r} sees nothing to mask: expected a run's folder")
+    if (name in POLICIES or replayed) and temperature != 1:
+        raise ValueError(f"policy {name!r} has no temperature: expected a run's folder")
     if name in POLICIES:
         return POLICIES[name](seed)
     if replayed:
@@ -84,7 +93,9 @@ def open_policy(
         )
     from gear_jax.policy import policy  # JAX and the towers: not for a floor
 
-    made = policy.open_policy(run, seed=seed, untrained=name.startswith("untrained:"))
+    made = policy.open_policy(
+        run, seed=seed, temperature=temperature, untrained=name.startswith("untrained:")
+    )
     if mask_guided is None:
         return made
     from gear_jax.policy.mask_guided import guided

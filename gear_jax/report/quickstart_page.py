@@ -4,6 +4,7 @@ Reads a folder as launch/quickstart.py leaves it. Needs matplotlib (extra `repor
 """
 
 import base64
+import collections
 import html
 import json
 import pathlib
@@ -120,12 +121,14 @@ def _cost(seconds):
 
 
 def _films(folder):
-    """Up to a dozen films that the policy saw, failures first."""
-    paths = sorted(folder.glob("*/*.mp4"))[:12]
-    if not paths:
+    """Up to a dozen films of what the policy saw: the first initial states of every task."""
+    tasks = collections.defaultdict(list)
+    for path in sorted(folder.glob("*/*.mp4")):
+        tasks[path.stem.rsplit("-", 2)[0]].append(path)  # see evals/videos.py
+    if not tasks:
         return ['<p class="note">No films were kept.</p>']
     out = []
-    for path in paths:
+    for path in [path for films in tasks.values() for path in films[: max(1, 12 // len(tasks))]]:
         data = base64.b64encode(path.read_bytes()).decode()
         out.append(
             f'<figure style="display:inline-block;margin:4px"><video width="200" controls loop '

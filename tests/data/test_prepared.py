@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gear_jax.data.faults import FaultLog
-from gear_jax.data.prepared import Prepared, prepare, stored_episodes
+from gear_jax.data.prepared import Prepared, hold_out, prepare, stored_episodes
 from gear_jax.data.standardize import standard_episode
 from gear_jax.data.tfrecord import DataError
 from tests.data.raw import Recording
@@ -94,3 +94,18 @@ def test_other_data_than_was_prepared_are_refused(tmp_path):
         Prepared(tmp_path / "p", source)
     with pytest.raises(DataError, match="manifest.json"):
         Prepared(tmp_path / "nowhere", source)
+
+
+def test_parts_of_one_recording_are_held_out_together(tmp_path):
+    source = _recording()
+    for number, raw in enumerate(source.episodes):
+        raw.episode_id = f"run_{number // 5}#{number % 5}"
+    prepare(source, ROW, tmp_path / "p")
+    parts = hold_out(Prepared(tmp_path / "p", source), 0.3)
+    train, held = (
+        {part.episode(number).episode_id for number in range(len(part))} for part in parts
+    )
+    runs = [{one.partition("#")[0] for one in ids} for ids in (train, held)]
+    assert len(train) + len(held) == 70
+    assert runs[0].isdisjoint(runs[1])
+    assert len(runs[0]) + len(runs[1]) == 14

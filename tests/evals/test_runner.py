@@ -229,3 +229,5 @@ def test_a_policy_is_a_known_name_or_a_folder(tmp_path):
         ValueError, match="policy 'best' is unknown: expected a run's folder or one"
     ):
         open_policy("best")
+    with pytest.raises(ValueError, match="policy 'hold' has no temperature"):
+        open_policy("hold", temperature=0.5)

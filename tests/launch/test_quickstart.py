@@ -65,13 +65,19 @@ def test_from_scratch_trains_the_vlm_and_begins_with_it():
     assert f"--config.data.fast.path={target}/fast" in whole["pretrain"]
 
 
-def test_the_vlm_that_ships_fits_the_config_and_is_small():
-    config = configs.get_config("pretrain")
+@pytest.mark.parametrize("variant", ["full", "wo_latent", "wo_fast", "lapa", "wo_vggt"])
+def test_every_variant_begins_with_the_vlm_that_ships(variant):
+    config = configs.get_config(f"pretrain,{variant}")
     params, _ = jax.eval_shape(make_model(config).init, jax.random.key(0))
     params = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), params)
     begun = loader(config.init, 10**6, lambda line: None)(params)
-    for tower in ("vision", "geometry", "projector", "language", "state"):
+    towers = {"vision", "geometry", "projector", "language", "state"}
+    for tower in towers - ({"geometry"} if variant == "wo_vggt" else set()):
         assert any(bool(leaf.any()) for leaf in jax.tree.leaves(begun[tower])), tower
+    assert (variant == "wo_vggt") == ("geometry" not in begun)
+
+
+def test_the_vlm_that_ships_is_small():
     files = [path for path in pathlib.Path(configs.VLM).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 4 << 20
 

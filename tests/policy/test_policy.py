@@ -11,6 +11,7 @@ import pytest
 from gear_jax.data.sequences import IGNORE, Question, token_rows
 from gear_jax.data.tfrecord import DataError
 from gear_jax.data.windows import empty_state
+from gear_jax.evals.episodes import noise_seed
 from gear_jax.policy.policy import open_policy
 from gear_jax.systems import gear
 from gear_jax.train.gear_batch import arrays, nested
@@ -213,6 +214,24 @@ def test_an_untrained_policy_is_the_run_with_random_parameters(run, opened, quer
     (one,), (other,) = floor([query(0, 0)]), opened([query(0, 0)])
     assert np.isfinite(one.action).all()
     assert not np.array_equal(one.action, other.action)
+
+
+def test_temperature_scales_the_noise_and_is_part_of_what_the_policy_is(run, opened, query):
+    still, again = (open_policy(run, seed=seed, temperature=0.0) for seed in (0, 1))
+    (one,), (other,), (drawn,) = (made([query(0, 0)]) for made in (still, again, opened))
+    np.testing.assert_array_equal(one.action, other.action)  # whatever the seed
+    assert not np.array_equal(one.action, drawn.action)
+    half = open_policy(run, temperature=0.5)
+    observation, whole = query(0, 0).observation, opened.spec
+    noise = np.random.default_rng(noise_seed(query(0, 0), 0)).standard_normal(
+        (1, whole.chunk_len, whole.action_dim)
+    )
+    expected, _ = opened.chunks([observation], 0.5 * noise)
+    (made,) = half([query(0, 0)])
+    np.testing.assert_array_equal(made.action, expected[0])
+    assert half.identity() == opened.identity() | {"temperature": 0.5}
+    with pytest.raises(ValueError, match=r"temperature 1.5: expected 0 .. 1"):
+        open_policy(run, temperature=1.5)
 
 
 def _copy(run, target):

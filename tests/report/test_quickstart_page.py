@@ -20,7 +20,7 @@ def run(tmp_path, monkeypatch):
         (tmp_path / stage / "metrics.jsonl").write_text(text)
     films = tmp_path / "eval/named/videos/tabletop"
     films.mkdir(parents=True)
-    (films / "pick_red-3-failure.mp4").write_bytes(b"film")
+    (films / "pick_red-0003-failure.mp4").write_bytes(b"film")
     return tmp_path, written
 
 
@@ -30,7 +30,7 @@ def test_the_report_shows_success_beside_its_floors_films_curves_and_costs(run):
     quickstart_page.write(folder, found, {"latents": 61.0, "policy": 300.5}, **WORDS)
     page = (folder / "report.html").read_text()
     assert page.count("8 of 10 = 80 % (95 %: 49 .. 94)") == 4
-    assert "pick_red-3-failure" in page
+    assert "pick_red-0003-failure" in page
     assert "data:video/mp4;base64,ZmlsbQ==" in page
     assert page.count("data:image/png;base64,") == 5  # success, three curves, costs
     assert "of boxes &amp; belongs in no table" in page
@@ -44,3 +44,16 @@ def test_a_run_without_films_says_so(run):
         path.unlink()
     quickstart_page.write(folder, {"named": COUNT}, {"policy": 1.0}, **WORDS)
     assert "No films were kept." in (folder / "report.html").read_text()
+
+
+def test_films_are_of_every_task_and_not_of_the_quickest_alone(run):
+    folder, _ = run
+    films = folder / "eval/named/videos/tabletop"
+    for task in ("pick_red", "pick_blue"):
+        for init in range(20):
+            (films / f"{task}-{init:04d}-{('success', 'failure')[init % 2]}.mp4").write_bytes(b"f")
+    quickstart_page.write(folder, {"named": COUNT}, {"policy": 1.0}, **WORDS)
+    page = (folder / "report.html").read_text()
+    assert page.count("data:video/mp4") == 12
+    assert page.count("pick_blue-") == page.count("pick_red-") == 6
+    assert "pick_blue-0005-failure" in page

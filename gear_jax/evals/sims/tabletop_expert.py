@@ -1,4 +1,4 @@
-"""Scripted demonstrations on the tabletop: over the block, down, close, up.
+"""Scripted demonstrations on the tabletop: over the block, down, wait, close, up.
 
 The expert reads the block's place from the simulator. What is executed is pushed off the clean
 action now and then (as in DART), so that demonstrations show how to come back.
@@ -11,6 +11,7 @@ from gear_jax.evals.sims.tabletop import looking_down
 
 _OVER, _LIFT = 0.07, 0.12  # metres above the table, of the finger tips
 _GRASP = 0.018
+_REST_STEPS = 4  # at the bottom, so that a policy that closes a little early is there already
 _CLOSE_STEPS = 6
 _GAIN = 6.0
 # of the controller's greatest, in each phase: a policy that is asked three times a second can
@@ -40,13 +41,14 @@ class TabletopExpert:
             x, y = self._grasped
         target = looking_down(np.array([x, y, height]), yaw)
         action = self._servo(pose, target)
-        action[6] = 1.0 if self.phase >= 2 else -1.0
+        closes = self.phase == 3 or (self.phase == 2 and self.steps >= _REST_STEPS)
+        action[6] = 1.0 if closes else -1.0
         self.steps += 1
         error = np.abs(target[:3, 3] - pose[:3, 3])
         if (
             (self.phase == 0 and near < 0.008 and error[2] < 0.02)
             or (self.phase == 1 and error.max() < 0.006)
-            or (self.phase == 2 and self.steps >= _CLOSE_STEPS)
+            or (self.phase == 2 and self.steps >= _REST_STEPS + _CLOSE_STEPS)
         ):
             self.phase, self.steps = self.phase + 1, 0
             self._grasped = pose[:2, 3].copy()
