@@ -3,10 +3,11 @@
     make quickstart                                  # demonstrations, latent ids
     python -m benchmarks.tabletop_ablation           # hours on two cores; killed, it goes on
 
-For each variant and seed: pretrain and policy of configs/quickstart.py, then closed-loop evaluation
-as it is, with a noisy wrist camera and with a shifted head camera. All begin with
-configs/quickstart_vlm, which was trained with every part: what is compared is what happens
-afterwards. Prints a Markdown table and keeps it as <out>/table.md.
+For each variant and seed: pretrain and policy of configs/quickstart.py, then the quickstart's
+closed-loop evaluation as it is, with a noisy wrist camera and with a shifted head camera. All begin
+with configs/quickstart_vlm, which was trained with every part: what is compared is what happens
+afterwards. Prints a Markdown table and keeps it as <out>/table.md; another budget needs another
+--out.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 
 from configs.quickstart import TABLETOP
 from gear_jax.evals.statistics import wilson
+from launch.quickstart import QUICKSTARTS
 
 # {name: (words behind the stage, flags of both stages)}
 VARIANTS = {
@@ -51,9 +53,8 @@ def main():
     for seed in range(args.seeds):
         for name in args.variants:
             _train_and_evaluate(args, name, seed)
-            table = _table(args)
-            (args.out / "table.md").write_text(table)
-    print(table)
+            (args.out / "table.md").write_text(_table(args))
+    print(_table(args))
 
 
 def _lapa_ids(out):
@@ -79,7 +80,8 @@ def _train_and_evaluate(args, name, seed):
         out = folder / condition.replace(" ", "_")
         _once(out, "launch.eval", "--policy", folder / "policy", "--sim", "tabletop", "--tasks",
               "all", "--inits", f"0:{args.inits}", "--workers", 8, "--batch", 8, "--options",
-              json.dumps(options), "--out", out)  # fmt: skip
+              json.dumps(options), "--temperature", QUICKSTARTS["tabletop"].temperature,
+              "--out", out)  # fmt: skip
 
 
 def _folder(args, name, seed):
@@ -89,13 +91,15 @@ def _folder(args, name, seed):
 def _once(folder, module, *arguments):
     """Run a command whose result is `folder`, unless that was done."""
     done = folder.parent / f"{folder.name}.done"
+    command = ["-m", module, *map(str, arguments)]
     if done.exists():
+        if done.read_text() != " ".join(command):
+            sys.exit(f"error: {folder} was made by `{done.read_text()}`: expected another --out")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.log").open("a") as log:
-        command = [sys.executable, "-m", module, *map(str, arguments)]
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    done.touch()
+        subprocess.run([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, check=True)
+    done.write_text(" ".join(command))
     print(folder, flush=True)
 
 

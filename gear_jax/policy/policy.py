@@ -76,7 +76,7 @@ class GearPolicy:
             seed: of the noise.
             temperature: factor of the noise that a chunk begins with, 0 .. 1. Below 1 answers are
                 nearer to the middle of what the policy thinks likely, which helps one that is
-                unsure (low-temperature sampling, arXiv 2211.15657, 3.3); 0 draws nothing.
+                unsure (low-temperature sampling, arXiv 2211.15657); 0 draws nothing.
             batch_size: rows of one call; a multiple of the mesh's places for rows.
 
         Raises:

@@ -59,6 +59,7 @@ def test_another_protocol_is_refused_in_one_sentence(tmp_path, capsys):
         (("--inits", "0:51"), "initial states 0:51 of 'near': expected within 0:50"),
         (("--tasks", "near,up"), "--tasks near,up: expected all, or some of ['far', 'near']"),
         (("--policy", "best"), "policy 'best' is unknown"),
+        (("--policy", "hold", "--temperature", "0.5"), "has no temperature"),
         (("--options", '{"speed": 1}'), "simulator 'point' with options {'speed': 1}"),
         (("--worker-python", "/nowhere"), "worker 0 (point) cannot be started"),
         (("--host", "2", "--hosts", "2"), "--host 2 of 2"),

@@ -55,6 +55,16 @@ def test_every_stage_of_a_world_has_a_config_that_can_be_built(world):
             jax.eval_shape(make_model(config).init, jax.random.key(0))
 
 
+def test_a_trained_policy_is_always_asked_with_the_same_temperature():
+    for one in quickstart.QUICKSTARTS.values():
+        steps = quickstart.plan(one, from_scratch=False)
+        asked = [steps[name] for name in steps if name.startswith("evaluate")]
+        trained = [step for step in asked if not any("replay:" in word for word in step)]
+        assert len(trained) == len(asked) - 1 > 1
+        for step in trained:
+            assert step[step.index("--temperature") + 1] == str(one.temperature)
+
+
 def test_from_scratch_trains_the_vlm_and_begins_with_it():
     one = quickstart.QUICKSTARTS["tabletop"]
     short, whole = (quickstart.plan(one, from_scratch=flag) for flag in (False, True))

@@ -47,6 +47,21 @@ def test_the_expert_lifts_the_block_that_is_named(simulator, task):
         assert _expert_lifts(simulator) is not None
 
 
+def test_the_hand_is_down_and_at_rest_before_it_closes(simulator):
+    for init in range(3):
+        simulator.reset("pick_green", init)
+        expert, heights = TabletopExpert(simulator), []
+        for _ in range(MAX_STEPS):
+            heights.append(simulator.pose()[2, 3])
+            action = expert.act()
+            if action[6] > 0:
+                break
+            simulator.act(action)
+        assert action[6] > 0
+        assert heights[-1] < 0.0195  # 2.1 cm where it closes as soon as it is nearly there
+        assert max(heights[-4:]) - min(heights[-4:]) < 0.005
+
+
 def test_an_initial_state_is_a_function_of_its_number(simulator):
     seen = []
     for task, init in (("pick_red", 3), ("pick_blue", 3), ("pick_red", 3)):
@@ -188,6 +203,13 @@ def test_demonstrations_read_back_as_the_simulator_showed_them(prepared, simulat
     np.testing.assert_allclose(arm.joint_pos[0], seen.state["joint_pos"][1, :4], atol=1e-6)
     assert arm.grip_open[0] == pytest.approx(1, abs=0.02)
     assert set(np.unique(arm.grip_cmd)) == {0, 1}
+
+
+def test_demonstrations_go_on_to_the_top(prepared):
+    """Success is 6 cm up; what a chunk asks for beyond the last step is masked."""
+    for number in range(4):
+        height = prepared.episode(number).arms["right"].ee_pos[:, 2]
+        assert height[-1] - height.min() > 0.09
 
 
 def test_the_chunks_of_demonstrations_lift_the_block_again(prepared, simulator):
