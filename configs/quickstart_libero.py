@@ -15,7 +15,7 @@ def get_config(arg="policy"):
     config = quickstart.get_config(arg, quickstart.LIBERO)
     if config.stage == "pretrain":
         gear_base.VARIANTS["trainable_vit"](config)
-        config.optim.update(num_steps=1000, lr_scale=())
+        config.optim.update(num_steps=600, lr_scale=())
         config.data.fast.path = f"{quickstart.LIBERO.root}/fast"  # of its own motions
         config.init.fresh_rows = (512, 1024)
     if config.stage != "latents":

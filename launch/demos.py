@@ -39,8 +39,10 @@ def _libero(suite: str, args) -> Episodes:
             simulator,
             args.tasks,
             args.inits,
+            speed=args.speed or 0.8,
             noise=args.noise,
             seed=args.seed,
+            repeats=args.repeats,
             encoding=args.encoding,
         )
     finally:
@@ -50,6 +52,10 @@ def _libero(suite: str, args) -> Episodes:
 def _tabletop(args) -> Episodes:
     from gear_jax.evals.sims import tabletop_data
 
+    if args.repeats != 1 or args.speed:
+        raise ValueError(
+            "--repeats and --speed are of LIBERO: the tabletop has initial states enough"
+        )
     yield from tabletop_data.demonstrations(
         args.tasks, args.inits, noise=args.noise, seed=args.seed, encoding=args.encoding
     )
@@ -133,6 +139,13 @@ def _arguments(argv):
     parser.add_argument("--encoding", choices=("jpeg", "png"), default="jpeg")
     parser.add_argument("--noise", type=float, default=0.0, help="0 .. 1, of executed actions")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        help="LIBERO: runs of each initial state, each with the next seed",
+    )
+    parser.add_argument("--speed", type=float, help="LIBERO: of the hand, 0 .. 1; 0.8")  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="processes; the same episodes")
     args = parser.parse_args(argv)
     args.tasks, args.inits = _numbers("tasks", args.tasks), _numbers("inits", args.inits)
@@ -140,6 +153,10 @@ def _arguments(argv):
         raise ValueError(f"--noise {args.noise}: expected 0 .. 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected 0 or more")
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats}: expected 1 or more")
+    if args.speed is not None and not 0 < args.speed <= 1:
+        raise ValueError(f"--speed {args.speed}: expected more than 0, 1 at most")
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: expected 1 or more")
     return args
@@ -157,7 +174,8 @@ def _numbers(name, text):
 
 
 def _write(args):
-    total, kept, steps, failed = len(args.tasks) * len(args.inits), 0, 0, []
+    total = len(args.tasks) * len(args.inits) * args.repeats
+    kept, steps, failed = 0, 0, []
     runs = set()
     writer = RldsWriter(
         args.target,

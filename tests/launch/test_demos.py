@@ -71,6 +71,9 @@ def test_a_set_that_is_there_is_not_touched(tmp_path, capsys, fake):
         (["--noise", "1.5"], "--noise 1.5: expected 0 .. 1"),
         (["--seed", "-1"], "--seed -1: expected 0 or more"),
         (["--workers", "0"], "--workers 0: expected 1 or more"),
+        (["--repeats", "0"], "--repeats 0: expected 1 or more"),
+        (["--speed", "0"], "--speed 0.0: expected more than 0, 1 at most"),
+        (["--speed", "1.1"], "--speed 1.1: expected more than 0, 1 at most"),
     ],
 )
 def test_wrong_flags_are_one_sentence(tmp_path, capsys, flags, said):
@@ -78,6 +81,18 @@ def test_wrong_flags_are_one_sentence(tmp_path, capsys, flags, said):
     assert _run(tmp_path, f"{name}={value}") == 4
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_liberos_is_refused_on_the_tabletop(tmp_path, capsys):
+    for flags in (("--repeats", "2"), ("--speed", "0.5")):
+        assert demos.main(["--sim", "tabletop", "--target", str(tmp_path), *flags]) == 4
+        assert "--repeats and --speed are of LIBERO" in capsys.readouterr().err
+    assert not list((tmp_path / "tabletop_scripted").iterdir())
+
+
+def test_every_repeat_counts_as_a_run(tmp_path, capsys, fake):
+    assert _run(tmp_path, "--tasks", "4", "--inits", "0", "--repeats", "3") == 0
+    assert "of 3 of 3 runs" in capsys.readouterr().out
 
 
 def test_workers_make_the_same_set(tmp_path):

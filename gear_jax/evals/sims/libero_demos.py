@@ -5,11 +5,17 @@ from typing import Any
 
 import numpy as np
 
+from gear_jax import geometry
 from gear_jax.evals.sims.libero import LiberoSimulator
 from gear_jax.evals.sims.libero_expert import LiberoExpert
 from gear_jax.evals.sims.recording import CutRun
 from gear_jax.evals.sims.tabletop_expert import Pushes
 from gear_jax.types import Observation
+
+_PUSHED = 0.03  # chance that a push begins, each control step
+_TURNED = 0.5  # of a push's place, its turn
+_ABOUT = np.array([0.08, 0.08, 0.15])  # metres from the grasp: aside, aside, above
+_TILT = 0.15  # radians
 
 
 def episodes(
@@ -20,6 +26,7 @@ def episodes(
     speed: float = 0.8,
     noise: float = 0.0,
     seed: int = 0,
+    repeats: int = 1,
     encoding: str = "jpeg",
     look: Callable[[], Observation] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any] | None]]:
@@ -32,8 +39,10 @@ def episodes(
         speed: of the expert; at full speed nothing that follows the recorded path could catch up.
         noise: strength of the pushes that what is executed gets, 0 .. 1 (as in DART, arXiv
             1703.09327); a run is cut there into several episodes, so that all that is recorded was
-            meant.
-        seed: of the pushes; an episode depends on it, on the task and the initial state alone.
+            meant. Two runs of three also begin elsewhere: the hand somewhere about the object,
+            tilted, open or closed.
+        seed: of the noise; an episode depends on it, on the task and the initial state alone.
+        repeats: runs of each initial state, with seeds `seed`, `seed` + 1, ...
         encoding: of images, "jpeg" or "png".
         look: what is recorded, if not what the simulator shows.
 
@@ -48,22 +57,39 @@ def episodes(
             )
         task = known[number]
         for init in inits:
-            simulator.reset(task.name, init)
-            source = f"{task.suite}/{task.name}/init_{init}"
-            run = CutRun(source, encoding=encoding)
-            push = Pushes(np.random.default_rng([seed, number, init]), size=noise)
-            expert, done = LiberoExpert(simulator, speed=speed), False
-            for _ in range(task.max_steps):
-                action = expert.act()
-                pushed = push(action) if noise else action
-                if np.array_equal(pushed, action):
-                    run.add((look or simulator.observe)(), action, simulator.fingers())
-                else:
-                    run.cut()
-                done = simulator.act(pushed)
+            for repeat in range(repeats):
+                simulator.reset(task.name, init)
+                source = f"{task.suite}/{task.name}/init_{init}" + f"_again_{repeat}" * bool(repeat)
+                rng = np.random.default_rng([seed + repeat, number, init])
+                if noise:
+                    _wander(simulator, rng)
+                run = CutRun(source, encoding=encoding)
+                push = Pushes(rng, chance=_PUSHED, size=noise, turn=_TURNED)
+                expert, done = LiberoExpert(simulator, speed=speed), False
+                for _ in range(task.max_steps):
+                    action = expert.act()
+                    pushed = push(action) if noise else action
+                    if np.array_equal(pushed, action):
+                        run.add((look or simulator.observe)(), action, simulator.fingers())
+                    else:
+                        run.cut()
+                    done = simulator.act(pushed)
+                    if done:
+                        break
                 if done:
-                    break
-            if done:
-                yield from run.episodes()
-            else:
-                yield source, None
+                    yield from run.episodes()
+                else:
+                    yield source, None
+
+
+def _wander(simulator, rng):
+    """What the expert finds: all as it was, or the hand about the object. Not recorded."""
+    if rng.integers(3) == 0:
+        return
+    grasp = LiberoExpert(simulator).grasp.place
+    place = grasp + _ABOUT * rng.uniform((-1, -1, 0.1), 1)
+    tilt = geometry.rotvec_to_rotmat(rng.normal(0, _TILT, 3))
+    target = geometry.make_pose(place, tilt @ simulator.pose()[:3, :3])
+    opening = float(rng.integers(2))
+    for _ in range(int(rng.integers(5, 35))):
+        simulator.step({"right": (target, opening)})

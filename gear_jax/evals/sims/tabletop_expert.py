@@ -68,18 +68,28 @@ class TabletopExpert:
 class Pushes:
     """Disturbances of executed actions: now and then, for some steps, one direction."""
 
-    def __init__(self, rng: np.random.Generator, *, chance: float = 0.02, size: float = 0.7):
-        """How often a push begins, and how strong it is at most."""
-        self.rng, self.chance, self.size = rng, chance, size
-        self._left, self._push = 0, np.zeros(3)
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        *,
+        chance: float = 0.02,
+        size: float = 0.7,
+        turn: float = 0.0,
+    ):
+        """How often a push begins, how strong it is at most, and what part of it turns the hand."""
+        self.rng, self.chance, self.size, self.turn = rng, chance, size, turn
+        self._left, self._push = 0, np.zeros(6)
 
     def __call__(self, action: np.ndarray) -> np.ndarray:
         """The action that is executed."""
         if not self._left and self.rng.random() < self.chance:
             self._left = int(self.rng.integers(2, 6))
-            self._push = self.rng.uniform(-1, 1, 3) * self.size * (1, 1, 0.4)
+            self._push = np.zeros(6)
+            self._push[:3] = self.rng.uniform(-1, 1, 3) * self.size * (1, 1, 0.4)
+            if self.turn:
+                self._push[3:] = self.rng.uniform(-1, 1, 3) * self.size * self.turn
         pushed = action.copy()
         if self._left:
             self._left -= 1
-            pushed[:3] = np.clip(pushed[:3] + self._push, -1, 1)
+            pushed[:6] = np.clip(pushed[:6] + self._push, -1, 1)
         return pushed

@@ -133,7 +133,7 @@ def test_a_scripted_episode_succeeds_and_reads_back_as_it_was(simulator, tmp_pat
             pictures.append(simulator.observe().images)
         return Observation(pictures[0], simulator.instruction, "franka", states[-1])
 
-    made = episodes(simulator, [0], [0], noise=0.3, encoding="png", look=look)
+    made = episodes(simulator, [0], [0], encoding="png", look=look)
     ((source, record),) = made
     assert record is not None
     assert capfd.readouterr().out == ""
@@ -157,18 +157,27 @@ def test_a_scripted_episode_succeeds_and_reads_back_as_it_was(simulator, tmp_pat
         np.testing.assert_array_equal(decode(episode.views[view][0]), pictures[0][view])
 
 
-def test_the_same_seed_gives_the_same_episode(simulator):
+def test_a_repeat_is_another_run_and_the_same_for_the_same_seed(simulator):
     def look():
         blank = np.zeros((8, 8, 3), np.uint8)
         views = {"head": blank, "right_wrist": blank}
         return Observation(views, simulator.instruction, "franka", simulator.state())
 
-    first, second = (
-        next(episodes(simulator, [2], [1], noise=0.5, seed=3, look=look))[1] for _ in range(2)
-    )
-    assert first is not None
-    assert second is not None
-    assert first["steps/action"].tobytes() == second["steps/action"].tobytes()
+    def made(seed, repeats):
+        runs = {}
+        how = {"noise": 0.5, "seed": seed, "repeats": repeats, "look": look}
+        for source, record in episodes(simulator, [2], [1], **how):
+            assert record is not None
+            runs.setdefault(source.partition("#")[0], []).append(record)
+        return runs
+
+    (first, parts), (again, others) = made(3, 2).items()
+    assert again == f"{first}_again_1"
+    ((_, same),) = made(4, 1).items()  # the repeat's seed is the next one
+    for one, two in zip(others, same, strict=True):
+        assert one["steps/action"].tobytes() == two["steps/action"].tobytes()
+    starts = [run[0]["steps/observation/state"][0, :6] for run in (parts, others)]
+    assert np.abs(starts[0] - starts[1])[:3].max() > 0.02
 
 
 def test_fast_pictures_show_the_same_scene(simulator):

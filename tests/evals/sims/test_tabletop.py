@@ -18,7 +18,7 @@ from gear_jax.evals.sims.tabletop import (
     TabletopSimulator,
     draw_scene,
 )
-from gear_jax.evals.sims.tabletop_expert import TabletopExpert
+from gear_jax.evals.sims.tabletop_expert import Pushes, TabletopExpert
 from gear_jax.policy.execution import targets
 from gear_jax.types import ActionSpec
 
@@ -146,6 +146,17 @@ def test_demonstrations_leave_the_initial_states_of_evaluations_alone():
         next(tabletop_data.demonstrations([0], [999]))
     with pytest.raises(ValueError, match="no task 4"):
         next(tabletop_data.demonstrations([4], [1000]))
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.5])
+def test_a_push_turns_the_hand_where_it_is_told_to(turn):
+    push = Pushes(np.random.default_rng(0), chance=1.0, size=0.8, turn=turn)
+    pushed = np.stack([push(np.zeros(7, np.float32)) for _ in range(50)])
+    assert np.abs(pushed[:, :2]).max() > 0.5
+    assert np.abs(pushed[:, 2]).max() <= 0.8 * 0.4 + 1e-6
+    assert (np.abs(pushed[:, 3:6]).max(axis=0) > 0).all() == bool(turn)
+    assert np.abs(pushed[:, 3:6]).max() <= 0.8 * turn + 1e-6
+    assert not pushed[:, 6].any()
 
 
 def test_a_run_is_cut_where_the_hand_was_pushed(monkeypatch):
