@@ -27,7 +27,7 @@ from gear_jax.data.tfrecord import DataError
 from gear_jax.systems import latents
 from gear_jax.systems.latents import LatentLossConfig
 from gear_jax.towers.latent_action import LatentActionConfig
-from gear_jax.train import checkpoint, exits, sharding
+from gear_jax.train import exits, sharding
 from gear_jax.train.exits import StopRunError
 from gear_jax.train.loop import Evaluator, Stage
 from gear_jax.train.optim import OptimConfig
@@ -233,5 +233,5 @@ def load(workdir) -> tuple[LatentActionConfig, Any, Any, dict[str, Any]]:
         checkpoints.close()
     return cfg, restored.state["params"], restored.state["extra"], {
         "step": restored.step,
-        "digest": checkpoint.digest(checkpoints.path(restored.step)),
+        "digest": restored.digest,
     }  # fmt: skip

@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import pathlib
 import shutil
+import time
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from gear_jax.train import checkpoint
 
 _BIN, _STATE, _META = ".trash", "state", "meta"
 _SPARE = 1.2  # of a state's bytes must be free before it is written
+_TRIES = 5  # of a reader, where a trainer deletes what it reads
+_SEAL_SECONDS = 1.0  # until it looks again, where the only step has no digests yet
 
 
 class NoCheckpointError(Exception):
@@ -32,11 +35,12 @@ class SaveError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a step holds: `state` as the targets ask, `meta` as it was given."""
+    """What a step holds: `state` as the targets ask, `meta` as it was given, its files' digest."""
 
     step: int
     state: Any
     meta: dict[str, Any]
+    digest: str
 
 
 class RunCheckpoints:
@@ -59,21 +63,8 @@ class RunCheckpoints:
         self._read_only, self._bytes = read_only, 0
         if self._leads:
             self._clear("*")
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            keep_period=keep_every,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
-            todelete_subdir=None if read_only else _BIN,
-            read_only=read_only,
-            save_interval_steps=1,
-        )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_handlers={_STATE: ocp.StandardCheckpointHandler(),
-                           _META: ocp.JsonCheckpointHandler()},
-        )  # fmt: skip
+        # a reader needs none, and its listing fails where a trainer deletes a step meanwhile
+        self._manager: Any = None if read_only else self._make_manager(keep, keep_every)
         if self._leads:
             self._empty_bin()
             for step in self._manager.all_steps():  # committed, and then a kill came
@@ -82,10 +73,21 @@ class RunCheckpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints are open")
 
+    def _make_manager(self, keep, keep_every):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every,
+            todelete_subdir=_BIN,
+            cleanup_tmp_directories=True,
+            save_interval_steps=1,
+        )
+        handlers = {_STATE: ocp.StandardCheckpointHandler(), _META: ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
     def steps(self) -> list[int]:
         """Committed steps with digests, oldest first."""
-        self._manager.reload()
-        return sorted(s for s in self._manager.all_steps() if checkpoint.has_digests(self.path(s)))
+        names = [path.name for path in self.directory.glob("*") if checkpoint.has_digests(path)]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def path(self, step: int) -> pathlib.Path:
         """Directory of a step."""
@@ -234,20 +236,44 @@ class RunCheckpoints:
             raise ValueError(
                 f"{self.path(step)}: not the parameters this config makes: {error}"
             ) from error
-        return Restored(step, got[_STATE], got[_META])
+        return Restored(step, got[_STATE], got[_META], checkpoint.digest(self.path(step)))
 
     def restore_part(self, targets: Any, *, say=print) -> Restored:
         """Some of the newest whole step's arrays, such as the parameters without the optimiser.
+
+        A trainer may delete the step meanwhile. A step is never written twice and goes all at once,
+        so what was read is right if the step is still there afterwards; else the newest is read.
 
         Args:
             targets: tree of ShapeDtypeStruct with shardings, of the keys that are wanted.
             say: told of every step that is passed over, and why.
 
         Raises:
-            NoCheckpointError: no step, or all are damaged.
+            NoCheckpointError: no step, or all are damaged, or deleted while they are read.
             ValueError: the stored arrays are not those that `targets` describes.
         """
-        step = self.newest(say=say)
+        for _ in range(_TRIES):
+            known = set(self.steps())
+            if not known and any(path.name.isdecimal() for path in self.directory.glob("*")):
+                say(f"{self.directory}: the only step has no digests yet")
+                time.sleep(_SEAL_SECONDS)
+                continue
+            try:
+                found = self._read_part(self.newest(say=say), targets)
+            except Exception:
+                if known <= set(self.steps()):
+                    raise
+            else:
+                if found.step in self.steps():
+                    return found
+            gone = sorted(known - set(self.steps()))
+            say(f"{self.directory}: steps {gone} were deleted while they were read")
+        raise NoCheckpointError(
+            f"{self.directory}: {_TRIES} times a step was not whole yet, or was deleted while it "
+            "was read: expected a trainer that keeps more of them (loop.keep)"
+        )
+
+    def _read_part(self, step: int, targets: Any) -> Restored:
         arguments = ocp.checkpoint_utils.construct_restore_args(targets)
         with ocp.PyTreeCheckpointer() as checkpointer:
             try:
@@ -259,7 +285,7 @@ class RunCheckpoints:
                 raise ValueError(
                     f"{self.path(step)}: not the arrays this config makes: {error}"
                 ) from error
-        return Restored(step, state, self._meta(step))
+        return Restored(step, state, self._meta(step), checkpoint.digest(self.path(step)))
 
     def newest(self, *, say=print) -> int:
         """The newest step whose files are what was written.
@@ -301,8 +327,8 @@ class RunCheckpoints:
         return None
 
     def _meta(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(**{_META: ocp.args.JsonRestore()})
-        return self._manager.restore(step, args=args)[_META]
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(self.path(step) / _META)
 
     def close(self) -> None:
         """Wait, and let go of the directory."""
@@ -310,4 +336,5 @@ class RunCheckpoints:
             self.wait()
         finally:
             self._pool.shutdown()
-            self._manager.close()
+            if self._manager is not None:
+                self._manager.close()

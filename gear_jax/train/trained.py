@@ -13,7 +13,7 @@ import jax
 import ml_collections
 
 from gear_jax.data.tfrecord import DataError
-from gear_jax.train import checkpoint, sharding
+from gear_jax.train import sharding
 from gear_jax.train.gear import GearModel
 from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints
 
@@ -83,12 +83,11 @@ def load(
     checkpoints = RunCheckpoints(pathlib.Path(workdir) / "checkpoints", read_only=True)
     try:
         restored = checkpoints.restore_part({key: targets})
-        digest = checkpoint.digest(checkpoints.path(restored.step))
     except NoCheckpointError as error:
         raise DataError(str(error)) from error
     finally:
         checkpoints.close()
-    return Trained(restored.state[key], key, restored.step, digest, restored.meta)
+    return Trained(restored.state[key], key, restored.step, restored.digest, restored.meta)
 
 
 def untrained(model: GearModel, mesh: jax.sharding.Mesh, seed: int = 0) -> Any:

@@ -1,6 +1,7 @@
-"""Disks that fail, bits that flip, two trainers in one place (F3, F8, F9, F13, F14)."""
+"""Disks that fail, bits that flip, two in one place (F3, F8, F9, F13, F14, F15)."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gear_jax.train import checkpoint, exits, sharding
-from gear_jax.train.run_checkpoints import RunCheckpoints
+from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints
 from tests.faults.runs import LONG, sha256
 
 BIG = {"width": 1024, "loop.checkpoint_every": 2}
@@ -192,3 +193,80 @@ def test_f14_a_second_trainer_in_one_place_is_refused_and_a_dead_one_does_not_ho
     first.process.wait()
     one.start().until(one.reached(1))
     print(f"F14: second trainer refused after {passed:.1f} s; after SIGKILL of the first it starts")
+
+
+_BLOCKS, _SIZE = 8, (512, 512)
+
+
+def _train_quickly(folder, stop):
+    """Saves one step after the other, each full of its own number, and keeps one."""
+    checkpoints = RunCheckpoints(folder, keep=1)
+    step = 0
+    while not stop.is_set():
+        step += 1
+        params = {str(block): jnp.full(_SIZE, step, jnp.float32) for block in range(_BLOCKS)}
+        checkpoints.save(step, {"params": params, "more": jnp.zeros(4)}, {"step": step})
+        checkpoints.wait()
+    checkpoints.close()
+
+
+# Orbax lets go of the other arrays' reads when one of them fails
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_f15_who_reads_while_the_trainer_deletes_gets_one_whole_step(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    stop, reads = spawn.Event(), 200 if LONG else 20
+    trainer = spawn.Process(target=_train_quickly, args=(tmp_path, stop))
+    trainer.start()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    targets = {"params": dict.fromkeys(
+        map(str, range(_BLOCKS)), jax.ShapeDtypeStruct(_SIZE, jnp.float32, sharding=place)
+    )}  # fmt: skip
+    said, refused, steps = [], 0, []
+    try:
+        while not (tmp_path / "1/digests.json").exists() and trainer.is_alive():
+            time.sleep(0.01)
+        for _ in range(reads):
+            reader = RunCheckpoints(tmp_path, read_only=True)
+            try:
+                got = reader.restore_part(targets, say=said.append)
+            except NoCheckpointError:
+                refused += 1
+                continue
+            finally:
+                reader.close()
+            assert got.meta == {"step": got.step}
+            for block in got.state["params"].values():
+                assert (np.asarray(block) == got.step).all()
+            steps.append(got.step)
+        assert trainer.is_alive()
+    finally:
+        stop.set()
+        trainer.join(60)
+    assert trainer.exitcode == 0
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 1
+    collided = sum("were deleted while they were read" in line for line in said)
+    print(f"F15: {reads} reads, {collided} deleted meanwhile, {refused} refused, none wrong")
+    if LONG:
+        assert collided
+
+
+def test_f15_a_reader_that_is_always_too_slow_says_what_would_help(tmp_path, monkeypatch):
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"params": jnp.zeros(4)}, {})
+    checkpoints.wait()
+    reader, read = RunCheckpoints(tmp_path, read_only=True), RunCheckpoints._read_part
+
+    def slow(self, step, targets):
+        found = read(self, step, targets)
+        checkpoints.save(step + 1, {"params": jnp.zeros(4)}, {})
+        checkpoints.wait()
+        return found
+
+    monkeypatch.setattr(RunCheckpoints, "_read_part", slow)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    targets = {"params": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=place)}
+    with pytest.raises(NoCheckpointError, match=r"5 times .* deleted .* expected .*loop\.keep"):
+        reader.restore_part(targets, say=lambda line: None)
+    reader.close()
+    checkpoints.close()

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gear_jax.train import checkpoint, run_checkpoints
 from gear_jax.train.run_checkpoints import NoCheckpointError, RunCheckpoints, SaveError
 
 STATE = {"params": {"w": jnp.arange(4.0)}, "moments": {"w": jnp.ones(4)}, "rng": jax.random.key(3)}
@@ -92,6 +93,22 @@ def test_parameters_alone_are_read_without_the_rest(tmp_path):
     assert got.meta["data"] == {"samples": 5}
     with pytest.raises(NoCheckpointError, match="no checkpoint"):
         RunCheckpoints(tmp_path / "other").restore_part(_targets())
+
+
+def test_a_reader_waits_until_the_only_step_is_sealed(tmp_path, monkeypatch):
+    _filled(tmp_path, [1])
+    (tmp_path / "1/digests.json").unlink()
+    reader, said = RunCheckpoints(tmp_path, read_only=True), []
+    targets = {"params": _targets()["params"]}
+    monkeypatch.setattr(run_checkpoints, "_SEAL_SECONDS", 0.0)
+    with pytest.raises(NoCheckpointError, match="5 times a step was not whole yet"):
+        reader.restore_part(targets, say=said.append)
+    assert said == [f"{tmp_path}: the only step has no digests yet"] * 5
+    monkeypatch.setattr(
+        run_checkpoints.time, "sleep", lambda s: checkpoint.write_digests(tmp_path / "1", "crc32c")
+    )
+    assert reader.restore_part(targets, say=said.append).step == 1
+    reader.close()
 
 
 def test_another_shape_is_refused(tmp_path):
