@@ -63,8 +63,7 @@ class RunCheckpoints:
         self._read_only, self._bytes = read_only, 0
         if self._leads:
             self._clear("*")
-        # a reader needs none, and its listing fails where a trainer deletes a step meanwhile
-        self._manager: Any = None if read_only else self._make_manager(keep, keep_every)
+        self._manager = self._make_manager(keep, keep_every)
         if self._leads:
             self._empty_bin()
             for step in self._manager.all_steps():  # committed, and then a kill came
@@ -73,7 +72,9 @@ class RunCheckpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints are open")
 
-    def _make_manager(self, keep, keep_every):
+    def _make_manager(self, keep: int, keep_every: int | None) -> Any:
+        if self._read_only:
+            return None  # its listing fails where a trainer deletes a step meanwhile
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every,
