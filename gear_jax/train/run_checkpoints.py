@@ -230,14 +230,16 @@ class RunCheckpoints:
         step = self._newest_whole(say)
         if step is None:
             return None
-        args = {_STATE: ocp.args.StandardRestore(targets), _META: ocp.args.JsonRestore()}
-        try:
-            got = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path(step)}: not the parameters this config makes: {error}"
-            ) from error
-        return Restored(step, got[_STATE], got[_META], checkpoint.digest(self.path(step)))
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            try:
+                state = checkpointer.restore(
+                    self.path(step) / _STATE, args=ocp.args.StandardRestore(targets)
+                )
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path(step)}: not the parameters this config makes: {error}"
+                ) from error
+        return Restored(step, state, self._meta(step), checkpoint.digest(self.path(step)))
 
     def restore_part(self, targets: Any, *, say=print) -> Restored:
         """Some of the newest whole step's arrays, such as the parameters without the optimiser.

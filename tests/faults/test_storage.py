@@ -84,11 +84,12 @@ def test_f8_a_disk_that_is_too_full_is_found_out_before_and_while_writing(place)
         one = place(**BIG)
         folder = one.workdir / "checkpoints"
         with _mounted(folder, "-t", "tmpfs", "-o", "size=60m", "none"):
-            made = one.start(fault={"slow": 0.2, "blind": 1} if blind else {"slow": 0.2})
+            made = one.start(fault={"slow": 0.8, "blind": 1} if blind else {"slow": 0.8})
             made.until(lambda one=one: one.steps() == [2])
             begun = time.monotonic()
-            free = shutil.disk_usage(folder).free
-            (folder / "filler").write_bytes(bytes(free - 4_000_000))
+            with (folder / "filler").open("wb") as filler:  # at once: the next save is near
+                free = shutil.disk_usage(folder).free
+                os.posix_fallocate(filler.fileno(), 0, free - 4_000_000)
             passed, sentence = _failed(one, made, begun)
             assert 2 in one.steps()
             said = "No space left" if blind else "the disk is too full to begin"
