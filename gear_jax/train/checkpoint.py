@@ -16,7 +16,7 @@ import google_crc32c
 import jax
 import orbax.checkpoint as ocp
 
-_PARAMS, _DIGESTS = "params", "digests.json"
+_PARAMS, _DIGESTS, _PARTIAL = "params", "digests.json", "digests.json.partial"
 
 Algorithm = Literal["sha256", "crc32c"]
 
@@ -87,7 +87,7 @@ def stored_dtypes(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_digests(directory: str | os.PathLike, algorithm: Algorithm = "sha256") -> None:
-    """Record size and digest of every file below `directory`.
+    """Record size and digest of every file below `directory`; the record appears whole.
 
     Args:
         directory: complete.
@@ -95,10 +95,11 @@ def write_digests(directory: str | os.PathLike, algorithm: Algorithm = "sha256")
     """
     directory = pathlib.Path(directory)
     text = json.dumps(_digests(directory, algorithm), indent=1)
-    with (directory / _DIGESTS).open("w") as file:
+    with (directory / _PARTIAL).open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    (directory / _PARTIAL).replace(directory / _DIGESTS)
 
 
 def has_digests(directory: str | os.PathLike) -> bool:
@@ -134,7 +135,7 @@ def verify_digests(directory: str | os.PathLike) -> None:
 def _digests(directory: pathlib.Path, algorithm: Algorithm) -> dict[str, dict[str, Any]]:
     made = {}
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != _DIGESTS:
+        if path.is_file() and path.name not in (_DIGESTS, _PARTIAL):
             digest = hashlib.sha256() if algorithm == "sha256" else google_crc32c.Checksum()
             with path.open("rb") as file:
                 while block := file.read(1 << 22):
