@@ -33,17 +33,18 @@ def _libero(suite: str, args) -> Episodes:
     from gear_jax.evals.sims.libero import LiberoSimulator
     from gear_jax.evals.sims.libero_demos import episodes
 
+    speed = {} if args.speed is None else {"speed": args.speed}
     simulator = LiberoSimulator(suite, image_size=args.image_size, quality=args.quality)
     try:
         yield from episodes(
             simulator,
             args.tasks,
             args.inits,
-            speed=args.speed or 0.8,
             noise=args.noise,
             seed=args.seed,
             repeats=args.repeats,
             encoding=args.encoding,
+            **speed,
         )
     finally:
         simulator.close()
@@ -52,10 +53,6 @@ def _libero(suite: str, args) -> Episodes:
 def _tabletop(args) -> Episodes:
     from gear_jax.evals.sims import tabletop_data
 
-    if args.repeats != 1 or args.speed:
-        raise ValueError(
-            "--repeats and --speed are of LIBERO: the tabletop has initial states enough"
-        )
     yield from tabletop_data.demonstrations(
         args.tasks, args.inits, noise=args.noise, seed=args.seed, encoding=args.encoding
     )
@@ -153,6 +150,10 @@ def _arguments(argv):
         raise ValueError(f"--noise {args.noise}: expected 0 .. 1")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected 0 or more")
+    if args.sim == "tabletop" and (args.repeats != 1 or args.speed is not None):
+        raise ValueError(
+            "--repeats and --speed are of LIBERO: the tabletop has initial states enough"
+        )
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats}: expected 1 or more")
     if args.speed is not None and not 0 < args.speed <= 1:

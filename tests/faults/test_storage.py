@@ -244,11 +244,12 @@ def test_f15_who_reads_while_the_trainer_deletes_gets_one_whole_step(tmp_path):
             time.sleep(0.01)
         reader.start()
         said, refused, steps = answers.get(timeout=300)
+        reader.join(60)
         assert trainer.is_alive()
     finally:
         stop.set()
         trainer.join(60)
-    assert trainer.exitcode == 0
+    assert (trainer.exitcode, reader.exitcode) == (0, 0)
     assert steps == sorted(steps)
     assert len(set(steps)) > 1
     collided = sum("were deleted while they were read" in line for line in said)

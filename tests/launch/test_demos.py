@@ -87,7 +87,7 @@ def test_what_is_liberos_is_refused_on_the_tabletop(tmp_path, capsys):
     for flags in (("--repeats", "2"), ("--speed", "0.5")):
         assert demos.main(["--sim", "tabletop", "--target", str(tmp_path), *flags]) == 4
         assert "--repeats and --speed are of LIBERO" in capsys.readouterr().err
-    assert not list((tmp_path / "tabletop_scripted").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_repeat_counts_as_a_run(tmp_path, capsys, fake):

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,22 @@ def test_every_damaged_missing_or_added_file_is_named(tmp_path):
     (tmp_path / "c" / "digests.json").unlink()
     with pytest.raises(ValueError, match="no readable digests.json"):
         checkpoint.verify_digests(tmp_path / "c")
+
+
+def test_a_record_of_digests_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "array").write_bytes(b"1234")
+
+    def full(descriptor):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint.write_digests(tmp_path)
+    assert not checkpoint.has_digests(tmp_path)
+    checkpoint.write_digests(tmp_path)  # what the first one left is no file of the checkpoint
+    checkpoint.verify_digests(tmp_path)
+    assert list(json.loads((tmp_path / "digests.json").read_text())) == ["array"]
 
 
 def test_a_block_that_fails_leaves_nothing(tmp_path):
