@@ -15,7 +15,6 @@ from configs import gear_base, latents
 
 STAGES = ("vlm", "spatial", "latents", "pretrain", "policy")
 DEPTH = 5  # of language; stage "vlm" has the first three
-VLM = "configs/quickstart_vlm"  # `launch.publish` wrote it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +26,7 @@ class World:
         root: folder of all that it writes.
         name: of its demonstration set.
         row: standardisation row of that set.
+        vlm: folder of the VLM that "pretrain" begins with; `launch.publish` wrote it.
         options: of the row.
         questions: pools below <root>/questions.
     """
@@ -35,6 +35,7 @@ class World:
     root: str
     name: str
     row: str
+    vlm: str
     options: dict[str, str] = dataclasses.field(default_factory=dict)
     questions: tuple[str, ...] = ()
 
@@ -45,11 +46,12 @@ class World:
 
 
 TABLETOP = World(
-    "configs/quickstart.py", "runs/quickstart", "tabletop", "tabletop",
+    "configs/quickstart.py", "runs/quickstart", "tabletop", "tabletop", "configs/quickstart_vlm",
     questions=("points", "scenes", "ways"),
 )  # fmt: skip
 LIBERO = World(
     "configs/quickstart_libero.py", "runs/quickstart_libero", "libero_spatial_scripted", "libero",
+    "configs/quickstart_libero_vlm",
     options={"joint_state": "used"},
 )  # fmt: skip
 
@@ -102,7 +104,8 @@ def _vlm(config, world):
     config.model.update(scrambled=0.0, through_latents=False)
     config.model.projector.geometry_std = 0.07  # 3D features have nothing to disturb yet
     config.data.sets = {}
-    config.data.pools.ways.weight = 0.0
+    if "ways" in world.questions:
+        config.data.pools.ways.weight = 0.0
     config.model.length = 248  # three questions a row
     config.data.update(hold_out=0.0, batch_size=16)
     config.monitor.every = 0
@@ -117,12 +120,19 @@ def _spatial(config, world):
     _vlm(config, world)
     config.optim.update(num_steps=3000, lr=1e-3, schedule="cosine", partitions=((".*", "vlm"),))
     config.model.update(length=156, scrambled=0.5, through_latents=True, with_fast=True)
-    sets[world.name].update(latents=None, weight=0.5)
+    sets[world.name].latents = None
     config.data.sets, config.data.batch_size = sets, 32
-    for name, weight in (("scenes", 0.0), ("points", 0.05), ("ways", 0.45)):
-        config.data.pools[name].weight = weight
+    _ask(config, world, {"points": 0.05, "ways": 0.45})
     config.model.language.depth = DEPTH
     config.init.update(run=f"{world.root}/vlm", fresh=(), fresh_rows=(512, 1088), deeper=True)
+
+
+def _ask(config, world, shares):
+    """Shares of the questions, where a world has any; the rest is demonstrations."""
+    asked = {name: shares.get(name, 0.0) for name in world.questions}
+    for name, weight in asked.items():
+        config.data.pools[name].weight = weight
+    config.data.sets[world.name].weight = 1 - sum(asked.values())
 
 
 def _pretrain(config, world):
@@ -133,12 +143,9 @@ def _pretrain(config, world):
     config.optim.lr_scale = (("language/(layers|final_norm)/.*|(geometry|projector)/.*", 0.1),)
     config.model.language.depth = DEPTH
     config.data.batch_size = 16
-    asked = {"points": 0.05, "ways": 0.35} if world.questions else {}
-    config.data.sets[world.name].weight = 1 - sum(asked.values())
-    for name in world.questions:
-        config.data.pools[name].weight = asked.get(name, 0.0)
-    config.data.fast.path = f"{VLM}/fast"
-    config.init.update(published=VLM, fresh=("learned/.*",))
+    _ask(config, world, {"points": 0.05, "ways": 0.35})
+    config.data.fast.path = f"{world.vlm}/fast"
+    config.init.update(published=world.vlm, fresh=("learned/.*",))
 
 
 def _policy(config, world):

@@ -3,21 +3,28 @@
     make quickstart-libero
     python -m launch.train --config configs/quickstart_libero.py:policy --workdir runs/x
 
-Sizes and stages are those of quickstart.py. No question is asked here; and the 2D tower, which saw
-nothing but the tabletop, is trained as well.
+Sizes and stages are those of quickstart.py. No question is asked here. Stage "spatial" begins with
+the tabletop's VLM, learns how LIBERO's hand moves, 2D tower and all, and ships as
+configs/quickstart_libero_vlm.
 """
 
-from configs import gear_base, quickstart
+from configs import quickstart
 
 
 def get_config(arg="policy"):
-    """ConfigDict of one stage: "latents", "pretrain" or "policy", and a variant."""
+    """ConfigDict of one stage: "spatial", "latents", "pretrain" or "policy", and a variant."""
     config = quickstart.get_config(arg, quickstart.LIBERO)
-    if config.stage == "pretrain":
-        gear_base.VARIANTS["trainable_vit"](config)
-        config.optim.update(num_steps=600, lr_scale=())
-        config.data.fast.path = f"{quickstart.LIBERO.root}/fast"  # of its own motions
-        config.init.fresh_rows = (512, 1024)
     if config.stage != "latents":
         config.model.length = 192  # a longer instruction
+    stages = arg.split(",")
+    if "spatial" in stages:
+        config.optim.num_steps = 2000
+        config.data.hold_out = 0.05
+        config.monitor.update(every=500, batches=8)
+        config.data.fast.path = f"{quickstart.LIBERO.root}/fast"  # of its own motions
+        config.init.update(
+            run=None, published=quickstart.TABLETOP.vlm, fresh_rows=(512, 1024), deeper=False
+        )
+    if "policy" in stages:
+        config.optim.num_steps = 1900
     return config

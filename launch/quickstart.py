@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from configs.quickstart import LIBERO, TABLETOP, VLM, World
+from configs.quickstart import LIBERO, TABLETOP, World
 
 NUM_SCENES = 2000  # that questions are asked about
 NUM_SCENES_FROM_SCRATCH = 8000
@@ -48,6 +48,7 @@ class Quickstart:
         temperature: of the policy.
         workers: simulators at a time.
         options: of the simulator, where it is evaluated.
+        from_scratch: more flags of `launch.demos`, where the VLM is trained as well.
     """
 
     world: World
@@ -62,6 +63,7 @@ class Quickstart:
     temperature: float
     workers: int
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    from_scratch: Sequence[str] = ()
 
 
 QUICKSTARTS = {
@@ -94,6 +96,7 @@ QUICKSTARTS = {
         temperature=0.5,
         workers=2,
         options={"image_size": 64, "quality": "fast"},
+        from_scratch=("--repeats", "6"),
     ),
 }  # fmt: skip
 
@@ -137,14 +140,16 @@ def plan(one, *, from_scratch):
         steps["questions"] = _launch("demos", "questions", "--target", f"{root}/questions",
                                      "--scenes", scenes)  # fmt: skip
     demos = ("demos", "--sim", one.sim, "--tasks", one.tasks, "--encoding", "png")
-    steps["demonstrations"] = _launch(*demos, *one.demonstrations, "--workers", 2,
+    more = one.from_scratch if from_scratch else ()
+    steps["demonstrations"] = _launch(*demos, *one.demonstrations, *more, "--workers", 2,
                                       "--target", f"{root}/data", "--name", world.name)  # fmt: skip
     steps["clean_demonstrations"] = _launch(*demos, *one.replayed, "--target", f"{root}/clean",
                                             "--name", world.name)  # fmt: skip
-    published, from_scratch = VLM, from_scratch and bool(world.questions)
+    published = world.vlm
     if from_scratch:
         published = f"{root}/vlm_published"
-        steps["vlm"] = _train(one, "vlm")
+        if world.questions:
+            steps["vlm"] = _train(one, "vlm")
         steps["spatial"] = _train(one, "spatial")
         steps["publish"] = publish(f"{root}/spatial", published)
     steps["latents"] = _train(one, "latents")

@@ -65,11 +65,15 @@ def test_a_trained_policy_is_always_asked_with_the_same_temperature():
             assert step[step.index("--temperature") + 1] == str(one.temperature)
 
 
-def test_from_scratch_trains_the_vlm_and_begins_with_it():
-    one = quickstart.QUICKSTARTS["tabletop"]
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [("tabletop", {"vlm", "spatial", "publish"}), ("libero", {"spatial", "publish"})],
+)
+def test_from_scratch_trains_the_vlm_and_begins_with_it(world, more):
+    one = quickstart.QUICKSTARTS[world]
     short, whole = (quickstart.plan(one, from_scratch=flag) for flag in (False, True))
-    assert set(whole) - set(short) == {"vlm", "spatial", "publish"}
-    assert f"--config.init.published={configs.VLM}" in short["pretrain"]
+    assert set(whole) - set(short) == more
+    assert f"--config.init.published={one.world.vlm}" in short["pretrain"]
     target = whole["publish"][whole["publish"].index("--target") + 1]
     assert f"--config.init.published={target}" in whole["pretrain"]
     assert f"--config.data.fast.path={target}/fast" in whole["pretrain"]
@@ -87,9 +91,13 @@ def test_every_variant_begins_with_the_vlm_that_ships(variant):
     assert (variant == "wo_vggt") == ("geometry" not in begun)
 
 
-def test_the_vlm_that_ships_is_small():
-    files = [path for path in pathlib.Path(configs.VLM).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 4 << 20
+def test_the_vlms_that_ship_are_small():
+    folders = [pathlib.Path(one.world.vlm) for one in quickstart.QUICKSTARTS.values()]
+    sizes = [
+        [path.stat().st_size for path in folder.rglob("*") if path.is_file()] for folder in folders
+    ]
+    assert all(sizes)
+    assert sum(map(sum, sizes)) < 4 << 20
 
 
 @pytest.mark.parametrize("arg", ["", "walk", "policy,vlm2"])
