@@ -67,6 +67,8 @@ def get_config(arg="policy", world=TABLETOP):
     stage = next((word for word in words if word in STAGES), None)
     if stage is None:
         raise ValueError(f"configs/quickstart.py: {arg!r}: expected one of {STAGES}")
+    if stage == "vlm" and not world.questions:
+        raise ValueError(f"{world.config}: stage 'vlm' learns from questions, and there are none")
     if stage == "latents":
         return _latents(world)
     _, variant, _ = gear_base.parse(

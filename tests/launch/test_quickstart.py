@@ -124,3 +124,8 @@ def test_every_slow_pattern_names_a_parameter():
     slow = {"/".join(name.split("/")[:2]) for name in names if re.fullmatch(pattern, name)}
     assert {"language/layers", "language/final_norm"} <= slow
     assert "language/embed" not in slow
+
+
+def test_a_world_without_questions_has_no_stage_vlm():
+    with pytest.raises(ValueError, match="quickstart_libero.py: stage 'vlm' learns from questions"):
+        configs.get_config("vlm", configs.LIBERO)
