@@ -15,10 +15,10 @@ def get_config(arg="policy"):
     """ConfigDict of one stage: "spatial", "latents", "pretrain" or "policy", and a variant."""
     config = quickstart.get_config(arg, quickstart.LIBERO)
     if config.stage != "latents":
-        config.model.length = 192  # a longer instruction
+        config.model.update(length=192, fast_length=54)  # a longer instruction; turns are said too
     stages = arg.split(",")
     if "spatial" in stages:
-        config.optim.num_steps = 2000
+        config.optim.num_steps = 3000
         config.data.hold_out = 0.05
         config.monitor.update(every=500, batches=8)
         config.data.fast.path = f"{quickstart.LIBERO.root}/fast"  # of its own motions
@@ -26,5 +26,5 @@ def get_config(arg="policy"):
             run=None, published=quickstart.TABLETOP.vlm, fresh_rows=(512, 1024), deeper=False
         )
     if "policy" in stages:
-        config.optim.num_steps = 1900
+        config.optim.num_steps = 1600
     return config

@@ -16,6 +16,8 @@ from gear_jax.data.statistics import Statistics
 from gear_jax.data.tfrecord import DataError
 from gear_jax.types import MAX_JOINTS, ActionSpec, NormalizedState, State
 
+VERSION = 2  # of what is done with the statistics; 1 did not scale rotations
+
 
 @dataclasses.dataclass(frozen=True)
 class Normalizer:
@@ -35,7 +37,7 @@ class Normalizer:
     def digest(self) -> str:
         """Hash over all of it."""
         parts = {name: one.digest() for name, one in self.states.items()}
-        told = [self.action and self.action.digest(), parts, self.spec.digest()]
+        told = [VERSION, self.action and self.action.digest(), parts, self.spec.digest()]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def normalize_action(self, action: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -80,6 +82,7 @@ class Normalizer:
         """Plain JSON with its digest; `from_json` is the inverse."""
         return json.dumps(
             {
+                "version": VERSION,
                 "spec": dataclasses.asdict(self.spec),
                 "action": self.action and json.loads(self.action.to_json()),
                 "states": {name: json.loads(one.to_json()) for name, one in self.states.items()},
@@ -97,6 +100,11 @@ class Normalizer:
         """
         try:
             raw = json.loads(text)
+            if (version := raw.get("version", 1)) != VERSION:
+                raise DataError(
+                    f"{where}: version {version}, expected {VERSION}: it scales rotations "
+                    "otherwise, so what was trained with it has to be trained anew"
+                )
             made = cls(
                 raw["action"] and Statistics.from_json(json.dumps(raw["action"]), where),
                 {

@@ -26,6 +26,7 @@ HORIZON = (1, 10, 20, 30)  # rows of a chunk that the report shows
 IDENTITY_RMAT6D = (1, 0, 0, 0, 1, 0)  # by columns and by rows alike
 
 STILL = 1e-9  # q99 - q01 of an axis that does not move
+SMALLEST_TURN = 0.05  # of an entry of rmat6d, about radians: what turns less is hardly magnified
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,8 +178,10 @@ def normalize_action(action, statistics: Statistics, spec: ActionSpec):
     """Action as the towers see it; `denormalize_action` is the inverse.
 
     Position from q01 .. q99 of all horizon steps to -1 .. 1, not clipped; an axis that does not
-    move is centred only. rmat6d minus that of no turn. Gripper from 0 .. 1 to -1 .. 1. Elementwise:
-    what a mask hides is the caller's to zero.
+    move is centred only. rmat6d minus that of no turn, divided by one number for each arm: the
+    largest of its q01 and q99, `SMALLEST_TURN` at least. One second's turns are often a few
+    degrees; beside noise of unit variance, and in FAST's steps, they would be lost. Gripper from
+    0 .. 1 to -1 .. 1. Elementwise: what a mask hides is the caller's to zero.
 
     Args:
         action: float[..., A, a], in the units of `spec`.
@@ -212,11 +215,13 @@ def _scale(low, high):
 
 def _action_scale(statistics, spec):
     centre, half = np.zeros(spec.action_dim), np.ones(spec.action_dim)
+    low, high = statistics.action_all.q01, statistics.action_all.q99
     for arm in spec.arms:
         dims = spec.dims(arm, "position")
-        quantiles = statistics.action_all.q01[dims], statistics.action_all.q99[dims]
-        centre[dims], half[dims] = _scale(*quantiles)
-        centre[spec.dims(arm, "rmat6d")] = IDENTITY_RMAT6D
+        centre[dims], half[dims] = _scale(low[dims], high[dims])
+        dims = spec.dims(arm, "rmat6d")
+        turns = [abs(found[dims] - IDENTITY_RMAT6D) for found in (low, high)]
+        centre[dims], half[dims] = IDENTITY_RMAT6D, np.nanmax([SMALLEST_TURN, *np.ravel(turns)])
         centre[spec.dims(arm, "gripper")] = half[spec.dims(arm, "gripper")] = 0.5
     return centre, half
 
@@ -248,8 +253,8 @@ def require_valid(statistics: Statistics, spec: ActionSpec) -> None:
 def check(statistics: Statistics, spec: ActionSpec) -> list[str]:
     """What makes statistics unfit to train on: a sentence each, the dim and horizon step named.
 
-    Rotations are not looked at but for their spec: they are not scaled. A dim that no entry has,
-    such as an absent arm's, is no fault.
+    Rotations are not looked at but for their spec: they are scaled together, and by no more than
+    1 / `SMALLEST_TURN`. A dim that no entry has, such as an absent arm's, is no fault.
     """
     if statistics.spec_digest != spec.digest():
         return [f"made for another action spec: digest {statistics.spec_digest}, expected "

@@ -15,6 +15,7 @@ from gear_jax.data.sequences import token_rows
 from gear_jax.systems import gear
 from gear_jax.train import lora, sharding
 from gear_jax.train.gear_batch import arrays, nested
+from gear_jax.types import ARM_DIM, ARM_PARTS
 
 _PROMPT = "prompt"
 
@@ -86,7 +87,8 @@ def measure(params, *, cfg, batch, rng):
     Returns:
         tokens, text, latent, fast: mean cross-entropy, weighted by labels; latent_right: share of
         latent tokens that the VLM says as the future has them; flow, flow_predicted; chunk_error:
-        mean squared error of a sampled chunk, normalised units.
+        mean squared error of a sampled chunk, normalised units; fvu_position, fvu_rmat6d,
+        fvu_gripper: the same over the mean square of what was wanted (1: no better than zeros).
     """
     sorted_keys = sorted(key for key in batch if key.startswith(f"{_PROMPT}/"))
     prompts = {key.removeprefix(f"{_PROMPT}/"): batch[key] for key in sorted_keys}
@@ -124,9 +126,27 @@ def measure(params, *, cfg, batch, rng):
     )
     noise = jax.random.normal(jax.random.fold_in(rng, 1), batch["action"].shape)
     chunk = gear.sample_chunk(params, cfg, prompts, predicted, noise)
-    error = jnp.where(mask, jnp.square(chunk - batch["action"]), 0)
-    made["chunk_error"] = jnp.sum(error), count
-    return _as_float(made)
+    return _as_float(made | chunk_errors(chunk, batch["action"], mask))
+
+
+def chunk_errors(chunk, wanted, mask):
+    """Sums and weights of a chunk's errors, where a mask bool[B, A, a] is True.
+
+    One number hides what is small: turns of a few degrees were once not learned at all, and
+    chunk_error fell all the same.
+
+    Args:
+        chunk: float32[B, A, a], sampled.
+        wanted: likewise, normalised units.
+        mask: what there is.
+    """
+    error = jnp.where(mask, jnp.square(chunk - wanted), 0)
+    energy = jnp.where(mask, jnp.square(wanted), 0)
+    made = {"chunk_error": (jnp.sum(error), jnp.sum(mask))}
+    for part, dims in ARM_PARTS.items():
+        of_part = [jnp.sum(x.reshape(-1, ARM_DIM)[:, dims]) for x in (error, energy)]
+        made[f"fvu_{part}"] = (of_part[0], of_part[1])
+    return made
 
 
 def _as_float(made):

@@ -56,6 +56,9 @@ def test_a_normalizer_survives_its_file_and_a_changed_one_is_refused(normalizer)
     raw["spec"]["chunk_len"] = 29
     with pytest.raises(DataError, match=r"run/normalizer.json: its digest is .* changed by hand"):
         Normalizer.from_json(json.dumps(raw), "run/normalizer.json")
+    old = {key: value for key, value in raw.items() if key != "version"}
+    with pytest.raises(DataError, match="version 1, expected 2: it scales rotations otherwise"):
+        Normalizer.from_json(json.dumps(old))
     for broken in ("[]", "{}", "{", json.dumps({**raw, "spec": {"rate": 3}})):
         with pytest.raises(DataError, match="normalizer"):
             Normalizer.from_json(broken)

@@ -178,13 +178,14 @@ def _flat(low, high):
 
 @pytest.mark.parametrize("rmat6d", ["columns", "rows"])
 def test_normalisation_in_numbers(rmat6d):
-    low = [-0.1, 0.0, 0.3] + [np.nan] * 7 + [np.nan] * 3 + [np.nan] * 7
-    high = [0.3, 2.0, 0.3] + [np.nan] * 7 + [np.nan] * 3 + [np.nan] * 7
-    left = [0.3, 4.0, 0.5, 1, 0, 0, 0, 1, 0, 1]
-    right = [0.25, 0, 0, 0, 1, 0, -1, 0, 0, 0.25]
+    turns = [0.9, -0.1, -0.25, 0.0, 0.95, 0.0], [1.0, 0.1, 0.2, 0.0, 1.0, 0.0]
+    low = [-0.1, 0.0, 0.3, *turns[0], np.nan] + [np.nan] * 10
+    high = [0.3, 2.0, 0.3, *turns[1], np.nan] + [np.nan] * 10
+    left = [0.3, 4.0, 0.5, 0.95, 0.1, -0.25, 0, 1, 0.5, 1]
+    right = [0.25, 0, 0, 1, 0, 0.01, 0, 1, 0, 0.25]
     spec = ActionSpec(chunk_len=1, rmat6d=rmat6d)
     got = normalize_action(np.array([left + right]), _flat(low, high), spec)
-    expected = [1, 3, 0.2, 0, 0, 0, 0, 0, 0, 1, 0.25, 0, 0, -1, 1, 0, -1, -1, 0, -0.5]
+    expected = [1, 3, 0.2, -0.2, 0.4, -1, 0, 0, 2, 1, 0.25, 0, 0, 0, 0, 0.2, 0, 0, 0, -0.5]
     np.testing.assert_allclose(got, [expected], atol=1e-15)
     assert got.dtype == np.float64
     again = denormalize_action(got, _flat(low, high), spec)

@@ -18,7 +18,7 @@ from configs import gear_base
 from gear_jax.data.sequences import IGNORE, token_rows
 from gear_jax.data.tfrecord import DataError
 from gear_jax.systems import gear as system
-from gear_jax.train import adapt, gear, loop, optim, plan, policy, pretrain, sharding
+from gear_jax.train import adapt, gear, gear_eval, loop, optim, plan, policy, pretrain, sharding
 from gear_jax.train.gear_batch import nested
 from gear_jax.train.gear_data import open_data
 
@@ -409,6 +409,20 @@ def test_two_by_two_by_two_devices_train_as_one(world, trained):
     assert pathlib.Path(world / "eight" / "checkpoints" / "2").is_dir()
 
 
+def test_a_chunk_is_measured_by_parts_so_that_small_turns_are_seen():
+    wanted = np.zeros((1, 2, 20), np.float32)
+    wanted[..., 10:13], wanted[..., 13:19], wanted[..., 19] = 1.0, 0.1, -1.0
+    chunk = np.full_like(wanted, 9.0)  # of the left arm, which is not there, and of the second row
+    chunk[:, 0, 10:] = [1.0, 1.0, 0.0, *[0.0] * 6, 1.0]
+    mask = np.zeros(wanted.shape, bool)
+    mask[:, 0, 10:] = True
+    found = {
+        name: one[0] / one[1] for name, one in gear_eval.chunk_errors(chunk, wanted, mask).items()
+    }
+    expected = {"chunk_error": 0.506, "fvu_position": 1 / 3, "fvu_rmat6d": 1.0, "fvu_gripper": 4.0}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_held_out_examples_are_measured_both_with_true_and_with_said_latents(world, trained):
     config = _stage_config("all", world, trained)
     config.data.hold_out = 0.3
@@ -419,6 +433,7 @@ def test_held_out_examples_are_measured_both_with_true_and_with_said_latents(wor
     seen = held.run(trained[1])
     assert set(seen) == {
         "tokens", "latent", "fast", "latent_right", "flow", "flow_predicted", "chunk_error",
+        "fvu_position", "fvu_rmat6d", "fvu_gripper",
     }  # fmt: skip
     assert seen == held.run(trained[1])
     assert 0 <= seen["latent_right"] <= 1
