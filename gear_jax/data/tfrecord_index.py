@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -52,6 +53,7 @@ from gear_jax.data.tfrecord import (
 
 VERSION = 1
 _FLOAT32 = np.dtype("<f4")
+_OPENING = threading.Lock()  # CPython 3.11 can fail where several threads parse .npy headers
 
 EPISODE = np.dtype([("shard", "<u4"), ("steps", "<u4"), ("offset", "<u8"), ("length", "<u8")])
 COLUMN = np.dtype([("kind", "u1"), ("count", "<u4"), ("offset", "<u8"), ("length", "<u8")])
@@ -308,7 +310,7 @@ class Index:
             IndexError: steps that the episode does not have.
             DataError: the episode has no value of this key, or the file cannot be read.
         """
-        found = self._columns.get(key) or self._column(key)
+        found = self._column(key)
         feature = found.feature
         row = self._row
         if row[0] != episode:  # the keys of a sample are read one after the other
@@ -355,25 +357,38 @@ class Index:
         return [data[offset - begin : offset - begin + length] for offset, length in places]
 
     def _column(self, key: str) -> "_Column":
-        """Open the arrays of one key, once in a process."""
+        """The arrays of one key, opened once in a process."""
+        found = self._columns.get(key)
+        if found is not None:
+            return found
         if key not in self.features:
             raise KeyError(f"{key!r} is none of {sorted(self.features)}")
         file = f"{list(self.features).index(key)}.npy"
-        arrays = [_mapped(self.directory / f / file) for f in ("columns", "starts", "elements")]
         feature = self.features[key]
         is_bytes = feature.dtype == "bytes" or feature.encoding != "none"
-        self._columns[key] = _Column(feature, key.startswith(STEPS), is_bytes, *arrays)
-        return self._columns[key]
+        with _OPENING:
+            if key not in self._columns:
+                folders = ("columns", "starts", "elements")
+                arrays = [_mapped(self.directory / folder / file) for folder in folders]
+                self._columns[key] = _Column(feature, key.startswith(STEPS), is_bytes, *arrays)
+            return self._columns[key]
 
     def _pread(self, shard: int, offset: int, length: int) -> bytes:
         descriptor = self._files.get(shard)
         if descriptor is None:
-            descriptor = self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            descriptor = self._open_shard(shard)
         data = os.pread(descriptor, length, offset)
         if len(data) != length:
             raise DataError(f"{self.shards[shard].name}: ends before byte {offset + length}")
         return data
+
+    def _open_shard(self, shard):
+        with _OPENING:
+            if shard not in self._files:
+                descriptor = os.open(self.shards[shard], os.O_RDONLY)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                self._files[shard] = descriptor
+            return self._files[shard]
 
     def where(self, episode: int) -> str:
         """Shard and number of an episode, for messages."""

@@ -1,6 +1,9 @@
+import concurrent.futures
 import json
+import os
 import pickle
 import shutil
+import time
 import zlib
 
 import numpy as np
@@ -136,6 +139,32 @@ def test_an_index_travels_to_another_process_without_its_files(tmp_path):
     data = pickle.dumps(index)
     assert len(data) < 2000
     assert pickle.loads(data).read("steps/image", 0, 7, 9) == before == [b"jpeg7", b"jpeg8"]
+
+
+def test_threads_open_each_file_once_and_one_after_the_other(tmp_path, monkeypatch):
+    build(_dataset(tmp_path / "d", [_record(5), _record(6)]), "train")
+    index = Index(tmp_path / "d", "train")
+    opened, inside = [], []
+
+    def slowly(function):
+        def call(path, *args, **kwargs):
+            opened.append(path)
+            inside.append(path)
+            time.sleep(0.01)
+            together = len(inside)
+            inside.remove(path)
+            assert together == 1
+            return function(path, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(np, "load", slowly(np.load))
+    monkeypatch.setattr(os, "open", slowly(os.open))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        asked = [("steps/image", 0), ("steps/state", 1)] * 8
+        read = list(pool.map(lambda one: index.read(*one, 2, 3), asked))
+    assert read[0::2] == [[b"jpeg2"]] * 8
+    assert len(opened) == len(set(opened)) == 2 * 3 + 2
 
 
 @pytest.mark.parametrize(
