@@ -67,7 +67,9 @@ def _arguments(argv):
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="factor of that noise, 0 .. 1; 1 as in training")  # fmt: skip
     parser.add_argument("--workers", type=int, default=1, help="simulators at a time")
-    parser.add_argument("--batch", type=int, help="of the policy; half of the workers")
+    parser.add_argument("--batch", type=int, help="queries of one call; half of the workers")
+    parser.add_argument("--device-batch", type=int, default=8,
+                        help="rows that a device sees at a time; it moves last bits")  # fmt: skip
     parser.add_argument("--worker-python", default=sys.executable, help="of the simulator's venv")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a worker may be silent")
     parser.add_argument("--restarts", type=int, default=3, help="of a worker within an episode")
@@ -83,9 +85,11 @@ def _arguments(argv):
     if not (first.isdecimal() and end.isdecimal()):
         raise ValueError(f"--inits {args.inits!r}: expected FIRST:END")
     args.inits = range(int(first), int(end))
-    for name, least in {"replan": 1, "workers": 1, "restarts": 0, "videos": 0}.items():
+    leasts = {"replan": 1, "workers": 1, "device_batch": 1, "restarts": 0, "videos": 0}
+    for name, least in leasts.items():
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(args, name)}: expected at least {least}")
     if args.batch is not None and args.batch < 1:
         raise ValueError(f"--batch {args.batch}: expected at least 1")
     if not 0 <= args.host < args.hosts:
@@ -97,8 +101,9 @@ def _evaluate(args):
     """Run this host's share; whoever ends last writes ledger.jsonl."""
     joined = _join(args)
     policy = policies.open_policy(
-        args.policy, args.seed, args.mask_guided, replan=args.replan, temperature=args.temperature
-    )
+        args.policy, args.seed, args.mask_guided, replan=args.replan,
+        temperature=args.temperature, device_batch=args.device_batch,
+    )  # fmt: skip
     workers = remote.WorkerConfig(args.sim, args.options, args.worker_python, args.timeout)
     with contextlib.closing(remote.RemoteSimulator(workers)) as first:
         return _run(args, joined, policy, workers, first)

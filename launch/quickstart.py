@@ -191,6 +191,7 @@ def _train(one, stage):
 def _evaluate(one, name, policy, *more, **options):
     return _launch("eval", "--policy", policy, "--sim", one.sim, "--tasks", one.names,
                    "--inits", one.evaluated, "--workers", one.workers, "--batch", one.workers,
+                   "--device-batch", one.workers,
                    "--options", json.dumps({**one.options, **options}),
                    "--out", f"{one.world.root}/eval/{name}", *more)  # fmt: skip
 

@@ -60,6 +60,7 @@ def open_policy(
     *,
     replan: int = 10,
     temperature: float = 1.0,
+    device_batch: int = 8,
 ) -> ChunkPolicy:
     """A policy by its name, or the newest checkpoint of a run by its folder.
 
@@ -70,10 +71,11 @@ def open_policy(
         mask_guided: segmenter of the mask-guided mode (policy/mask_guided.py), or None.
         replan: rows of a chunk until the next query; a replay keeps time by it.
         temperature: factor of a trained run's noise, 0 .. 1.
+        device_batch: rows that a device sees at a time, of a trained run.
 
     Raises:
         ValueError: neither a name nor a folder, a floor that is to be mask-guided or to have a
-            temperature, or a temperature outside 0 .. 1.
+            temperature, a temperature outside 0 .. 1, or no rows.
     """
     replayed = name.startswith("replay:")
     if (name in POLICIES or replayed) and mask_guided is not None:
@@ -94,8 +96,9 @@ def open_policy(
     from gear_jax.policy import policy  # JAX and the towers: not for a floor
 
     made = policy.open_policy(
-        run, seed=seed, temperature=temperature, untrained=name.startswith("untrained:")
-    )
+        run, seed=seed, temperature=temperature, device_batch=device_batch,
+        untrained=name.startswith("untrained:"),
+    )  # fmt: skip
     if mask_guided is None:
         return made
     from gear_jax.policy.mask_guided import guided

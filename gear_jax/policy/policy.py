@@ -10,6 +10,7 @@ checkpoint, of the averaged parameters where there are some. Source: GEAR-VLA 3.
 import dataclasses
 import functools
 import hashlib
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
@@ -40,9 +41,10 @@ _ROWS = ("tokens", "segments", "groups", "acts", "insert_index", "positions", "l
 class GearPolicy:
     """A `ChunkPolicy`: GEAR-VLA on this host's devices.
 
-    An answer depends on its query, the seed and `batch_size` alone: a call is cut into batches of
-    that size, the last one filled up; queries with a marked first view have batches of their own,
-    because its place in a row moves all that follows.
+    An answer depends on its query, the seed and `device_batch` alone: a call is cut into batches of
+    that size for each device, the last one filled up; queries with a marked first view have batches
+    of their own, because its place in a row moves all that follows. Devices that split nothing but
+    rows all run the program of one, so their number changes no bit of a chunk.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class GearPolicy:
         identity: Mapping[str, Any],
         seed: int = 0,
         temperature: float = 1.0,
-        batch_size: int = 8,
+        device_batch: int = 8,
     ):
         """Compile nothing yet.
 
@@ -77,22 +79,31 @@ class GearPolicy:
             temperature: factor of the noise that a chunk begins with, 0 .. 1. Below 1 answers are
                 nearer to the middle of what the policy thinks likely, which helps one that is
                 unsure (low-temperature sampling, arXiv 2211.15657); 0 draws nothing.
-            batch_size: rows of one call; a multiple of the mesh's places for rows.
+            device_batch: rows that a device sees at a time.
 
         Raises:
-            ValueError: the run has no action expert, or a temperature outside 0 .. 1.
+            ValueError: the run has no action expert, a temperature outside 0 .. 1, or no rows.
         """
         _check_expert(cfg)
         if not 0 <= temperature <= 1:
             raise ValueError(f"temperature {temperature}: expected 0 .. 1")
+        if device_batch < 1:
+            raise ValueError(f"device_batch {device_batch}: expected at least 1")
         self.temperature = temperature
         self.spec, self.cfg, self.params = normalizer.spec, cfg, params
         self.normalizer, self.tokenizer, self.sequence = normalizer, tokenizer, sequence
         self.image_size, self.fit, self.mesh = image_size, fit, mesh
-        self.seed, self.batch_size = seed, batch_size
+        self.seed = seed
+        self.batch_size = device_batch * math.prod(mesh.shape[a] for a in sharding.BATCH_AXES)
         self._identity = dict(identity)
         self._rows = sharding.batch_sharding(mesh)
-        self._act = jax.jit(functools.partial(_act, cfg))
+        act = functools.partial(_act, cfg)
+        if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
+            rows, whole = self._rows.spec, jax.P()
+            act = jax.shard_map(
+                act, mesh=mesh, in_specs=(whole, rows), out_specs=rows, check_vma=False
+            )
+        self._act = jax.jit(act)
         end = (tokenizer.id("<|im_end|>"),)
         self._say = jax.jit(functools.partial(_say, cfg, end), static_argnames="max_new_tokens")
 
@@ -285,7 +296,7 @@ def open_policy(
     *,
     seed: int = 0,
     temperature: float = 1.0,
-    batch_size: int = 8,
+    device_batch: int = 8,
     mesh: Mapping[str, int] | None = None,
     untrained: bool = False,
 ) -> GearPolicy:
@@ -295,13 +306,13 @@ def open_policy(
         workdir: of the run.
         seed: of the noise.
         temperature: factor of the noise, 0 .. 1; see `GearPolicy`.
-        batch_size: observations that the model sees at a time.
+        device_batch: observations that a device sees at a time.
         mesh: sizes of the axes, over this host's devices; by default rows over all of them.
         untrained: random parameters in place of the checkpoint's: a floor.
 
     Raises:
         DataError: a file of the run is missing or was changed, or no checkpoint can be used.
-        ValueError: the run has no action expert, or a temperature outside 0 .. 1.
+        ValueError: the run has no action expert, a temperature outside 0 .. 1, or no rows.
     """
     workdir = pathlib.Path(workdir)
     config = trained.read_config(workdir)
@@ -333,6 +344,7 @@ def open_policy(
         "config": hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest(),
         "flow_steps": model.cfg.flow_steps,
         "temperature": temperature,
+        "device_batch": device_batch,
         "image_size": config.model.image_size,
         "fit": config.data.fit,
         "jax": jax.__version__,
@@ -340,5 +352,5 @@ def open_policy(
     return GearPolicy(
         model.cfg, params, normalizer, open_tokenizer(config.model.tokenizer), sequence,
         image_size=config.model.image_size, fit=config.data.fit, mesh=devices, identity=identity,
-        seed=seed, temperature=temperature, batch_size=max(batch_size, devices.size),
+        seed=seed, temperature=temperature, device_batch=device_batch,
     )  # fmt: skip

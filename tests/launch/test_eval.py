@@ -64,6 +64,7 @@ def test_another_protocol_is_refused_in_one_sentence(tmp_path, capsys):
         (("--worker-python", "/nowhere"), "worker 0 (point) cannot be started"),
         (("--host", "2", "--hosts", "2"), "--host 2 of 2"),
         (("--workers", "0"), "--workers 0: expected at least 1"),
+        (("--device-batch", "0"), "--device-batch 0: expected at least 1"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence_and_exit_code_4(tmp_path, capsys, more, words):

@@ -49,7 +49,7 @@ def run(config, tmp_path_factory):
 @pytest.fixture(scope="session")
 def opened(run):
     """The run's policy, on all devices."""
-    return open_policy(run)
+    return open_policy(run, device_batch=1)
 
 
 @pytest.fixture(scope="session")
@@ -59,8 +59,11 @@ def data(config):
 
 
 @pytest.fixture(scope="session")
-def policy(config, data):
-    """A policy of random parameters, none of them zero: that would hide what it gates."""
+def make_policy(config, data):
+    """(devices, rows of each, axes) -> a policy of random parameters.
+
+    None of them is zero: that would hide what it gates.
+    """
     model = gear.make_model(config)
     shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -75,18 +78,31 @@ def policy(config, data):
     head = params["language"]["head" if "head" in params["language"] else "embed"]
     head[256:] *= 0.1  # it speaks in letters
 
-    return GearPolicy(
-        model.cfg,
-        jax.tree.map(jax.numpy.asarray, params),
-        data.normalizer,
-        data.rows.tokenizer,
-        model.sequence_for_prompts(),
-        image_size=config.model.image_size,
-        fit=config.data.fit,
-        mesh=sharding.make_mesh({"data": 1}, jax.devices()[:1]),
-        identity={"name": "random"},
-        batch_size=4,
-    )
+    params = jax.tree.map(jax.numpy.asarray, params)
+
+    def make(devices, device_batch, **sizes):
+        mesh = sharding.make_mesh(sizes, jax.devices()[:devices])
+        placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+        return GearPolicy(
+            model.cfg,
+            placed,
+            data.normalizer,
+            data.rows.tokenizer,
+            model.sequence_for_prompts(),
+            image_size=config.model.image_size,
+            fit=config.data.fit,
+            mesh=mesh,
+            identity={"name": "random"},
+            device_batch=device_batch,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def policy(make_policy):
+    """On one device."""
+    return make_policy(1, 4)
 
 
 @pytest.fixture(scope="session")

@@ -263,7 +263,7 @@ def test_a_robot_without_a_head_view_is_refused(policy, query):
 
 
 def test_a_run_is_opened_mask_guided_and_says_so(run, opened, query):
-    made = policies.open_policy(str(run), mask_guided="grabcut")
+    made = policies.open_policy(str(run), mask_guided="grabcut", device_batch=1)
     said = dict(made.identity())
     assert said.pop("mask_guided") == {
         "segmenter": "grabcut",

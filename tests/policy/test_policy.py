@@ -125,6 +125,24 @@ def test_an_answer_depends_on_its_query_alone(policy, query):
     assert len({one.action.tobytes() for one in together}) == 6
 
 
+@pytest.mark.parametrize("axes", [{"data": 4}, {"replica": 2, "data": 2}])
+def test_the_number_of_devices_changes_no_bit(make_policy, query, axes):
+    queries = [query(number, 2) for number in range(5)]
+    alone, many = make_policy(1, 2), make_policy(4, 2, **axes)
+    assert (alone.batch_size, many.batch_size) == (2, 8)
+    for one, two in zip(many(queries), alone(queries), strict=True):
+        _same(one, two)
+
+
+def test_parameters_may_be_split_over_devices(make_policy, query):
+    queries = [query(number, 2) for number in range(3)]
+    split = make_policy(8, 1, data=2, fsdp=2, tensor=2)
+    assert split.batch_size == 4
+    for one, two in zip(split(queries), make_policy(1, 2)(queries), strict=True):
+        np.testing.assert_allclose(one.action, two.action, atol=1e-4)
+        np.testing.assert_array_equal(one.latent_ids, two.latent_ids)
+
+
 def test_a_changed_mark_changes_the_answer(policy, query):
     asked = query(0, 0)
 
@@ -207,7 +225,7 @@ def test_a_run_opens_and_answers(opened, query, data):
 
 
 def test_an_untrained_policy_is_the_run_with_random_parameters(run, opened, query):
-    floor = open_policy(run, untrained=True)
+    floor = open_policy(run, untrained=True, device_batch=1)
     assert floor.identity()["parameters"] == "random"
     assert "checkpoint" not in floor.identity()
     assert floor.identity()["config"] == opened.identity()["config"]
@@ -217,11 +235,11 @@ def test_an_untrained_policy_is_the_run_with_random_parameters(run, opened, quer
 
 
 def test_temperature_scales_the_noise_and_is_part_of_what_the_policy_is(run, opened, query):
-    still, again = (open_policy(run, seed=seed, temperature=0.0) for seed in (0, 1))
+    still, again = (open_policy(run, seed=seed, temperature=0.0, device_batch=1) for seed in (0, 1))
     (one,), (other,), (drawn,) = (made([query(0, 0)]) for made in (still, again, opened))
     np.testing.assert_array_equal(one.action, other.action)  # whatever the seed
     assert not np.array_equal(one.action, drawn.action)
-    half = open_policy(run, temperature=0.5)
+    half = open_policy(run, temperature=0.5, device_batch=1)
     observation, whole = query(0, 0).observation, opened.spec
     noise = np.random.default_rng(noise_seed(query(0, 0), 0)).standard_normal(
         (1, whole.chunk_len, whole.action_dim)
