@@ -15,7 +15,10 @@ from gear_jax.types import Observation
 _PUSHED = 0.03  # chance that a push begins, each control step
 _TURNED = 0.5  # of a push's place, its turn
 _ABOUT = np.array([0.08, 0.08, 0.15])  # metres from the grasp: aside, aside, above
+_MISSED = np.array([0.025, 0.025, 0.01])  # metres from the grasp, standard deviation
 _TILT = 0.15  # radians
+_REST = 4  # control steps; see LiberoExpert
+_AFTER = 16  # control steps recorded after success: fingers open, hand up
 
 
 def episodes(
@@ -40,7 +43,9 @@ def episodes(
         noise: strength of the pushes that what is executed gets, 0 .. 1 (as in DART, arXiv
             1703.09327); a run is cut there into several episodes, so that all that is recorded was
             meant. Two runs of three also begin elsewhere: the hand somewhere about the object,
-            tilted, open or closed.
+            tilted, open or closed; or closed beside the grasp, as if that had missed. With noise
+            the object is also held at its place before the fingers open, and the record goes on
+            for a while after success.
         seed: of the noise; an episode depends on it, on the task and the initial state alone.
         repeats: runs of each initial state, with seeds `seed`, `seed` + 1, ...
         encoding: of images, "jpeg" or "png".
@@ -65,17 +70,19 @@ def episodes(
                     _wander(simulator, rng)
                 run = CutRun(source, encoding=encoding)
                 push = Pushes(rng, chance=_PUSHED, size=noise, turn=_TURNED)
-                expert, done = LiberoExpert(simulator, speed=speed), False
-                for _ in range(task.max_steps):
+                expert = LiberoExpert(simulator, speed=speed, rest=_REST if noise else 0)
+                done, left = False, _AFTER if noise else 0
+                for _ in range(task.max_steps + left):
                     action = expert.act()
-                    pushed = push(action) if noise else action
+                    pushed = push(action) if noise and not done else action
                     if np.array_equal(pushed, action):
                         run.add((look or simulator.observe)(), action, simulator.fingers())
                     else:
                         run.cut()
-                    done = simulator.act(pushed)
-                    if done:
+                    done = simulator.act(pushed) or done
+                    if done and not left:
                         break
+                    left -= done
                 if done:
                     yield from run.episodes()
                 else:
@@ -83,13 +90,18 @@ def episodes(
 
 
 def _wander(simulator, rng):
-    """What the expert finds: all as it was, or the hand about the object. Not recorded."""
-    if rng.integers(3) == 0:
+    """What the expert finds: all as it was, the hand about the object, or a grasp that missed.
+
+    None of it is recorded.
+    """
+    kind, opening = rng.integers(3), float(rng.integers(2))
+    if kind == 0:
         return
-    grasp = LiberoExpert(simulator).grasp.place
-    place = grasp + _ABOUT * rng.uniform((-1, -1, 0.1), 1)
+    aside = _ABOUT * rng.uniform((-1, -1, 0.1), 1)
+    if kind == 2:
+        aside, opening = rng.normal(0, _MISSED), 0.0
     tilt = geometry.rotvec_to_rotmat(rng.normal(0, _TILT, 3))
+    place = LiberoExpert(simulator).grasp.place + aside
     target = geometry.make_pose(place, tilt @ simulator.pose()[:3, :3])
-    opening = float(rng.integers(2))
     for _ in range(int(rng.integers(5, 35))):
         simulator.step({"right": (target, opening)})

@@ -63,6 +63,7 @@ class LiberoExpert:
         speed: float = 1.0,
         rng: np.random.Generator | None = None,
         noise: float = 0.0,
+        rest: int = 0,
     ):
         """Plan the first grasp of the simulator's present episode.
 
@@ -72,11 +73,13 @@ class LiberoExpert:
                 for whoever follows the recorded path.
             rng: of the noise.
             noise: standard deviation of the grasp's place, metres.
+            rest: control steps that the object is held at its place before the fingers open, so
+                that a policy that opens them a little early is there already.
 
         Raises:
             ValueError: a goal that is not "on" or "in".
         """
-        self.simulator, self.speed, self.noise = simulator, speed, noise
+        self.simulator, self.speed, self.noise, self.rest = simulator, speed, noise, rest
         self.rng = rng or np.random.default_rng(0)
         self.servo = OscServo()
         goals = simulator.goals()
@@ -189,7 +192,8 @@ class LiberoExpert:
             Phase.CARRY: aside < 0.012,
             Phase.LOWER: abs(error[2]) < 0.012 and aside < 0.015,
         }.get(self.phase, False)
-        if not over:
+        self._there += over
+        if not over or (self.phase is Phase.LOWER and self._there <= self.rest):
             return
         if self.phase is Phase.REACH and np.linalg.norm(thing - self._origin) > 0.003:
             self._begin(self.goal)  # it was still coming to rest
@@ -209,7 +213,7 @@ class LiberoExpert:
             self._begin(self.goal if self.goal in wanting else wanting[0])
 
     def _enter(self, phase: Phase) -> None:
-        self.phase, self.steps = phase, 0
+        self.phase, self.steps, self._there = phase, 0, 0
 
 
 def _straight_down(turn: np.ndarray) -> np.ndarray:

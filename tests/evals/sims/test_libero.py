@@ -157,15 +157,41 @@ def test_a_scripted_episode_succeeds_and_reads_back_as_it_was(simulator, tmp_pat
         np.testing.assert_array_equal(decode(episode.views[view][0]), pictures[0][view])
 
 
-def test_a_repeat_is_another_run_and_the_same_for_the_same_seed(simulator):
+def _blind(simulator):
+    """A `look` that renders nothing."""
+
     def look():
         blank = np.zeros((8, 8, 3), np.uint8)
         views = {"head": blank, "right_wrist": blank}
         return Observation(views, simulator.instruction, "franka", simulator.state())
 
+    return look
+
+
+def test_noisy_runs_hold_still_before_the_fingers_open_and_go_on_after_success(simulator):
+    def letting_go(noise):
+        made = list(episodes(simulator, [2], [0], speed=0.5, noise=noise, look=_blind(simulator)))
+        record = made[-1][1]
+        assert record is not None
+        assert record["steps/reward"][-1] == 1
+        hand = record["steps/observation/state"][:, :3]
+        opened = np.flatnonzero(record["steps/action"][:, 6] > 0)[-1] + 1
+        before = np.linalg.norm(hand[opened] - hand[opened - 4])
+        return before, len(hand) - opened, hand[-1, 2] - hand[opened, 2]
+
+    before, steps, _ = letting_go(0.0)
+    assert before > 0.015
+    assert steps < 8
+    rested, steps, up = letting_go(0.5)
+    assert rested < before / 2
+    assert steps > 16
+    assert up > 0.02
+
+
+def test_a_repeat_is_another_run_and_the_same_for_the_same_seed(simulator):
     def made(seed, repeats):
         runs = {}
-        how = {"noise": 0.5, "seed": seed, "repeats": repeats, "look": look}
+        how = {"noise": 0.5, "seed": seed, "repeats": repeats, "look": _blind(simulator)}
         for source, record in episodes(simulator, [2], [1], **how):
             assert record is not None
             runs.setdefault(source.partition("#")[0], []).append(record)
