@@ -192,7 +192,7 @@ class LiberoExpert:
             Phase.CARRY: aside < 0.012,
             Phase.LOWER: abs(error[2]) < 0.012 and aside < 0.015,
         }.get(self.phase, False)
-        self._there += over
+        self._there += bool(over)
         if not over or (self.phase is Phase.LOWER and self._there <= self.rest):
             return
         if self.phase is Phase.REACH and np.linalg.norm(thing - self._origin) > 0.003:
