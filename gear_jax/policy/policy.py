@@ -97,13 +97,7 @@ class GearPolicy:
         self.batch_size = device_batch * math.prod(mesh.shape[a] for a in sharding.BATCH_AXES)
         self._identity = dict(identity)
         self._rows = sharding.batch_sharding(mesh)
-        act = functools.partial(_act, cfg)
-        if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
-            rows, whole = self._rows.spec, jax.P()
-            act = jax.shard_map(
-                act, mesh=mesh, in_specs=(whole, rows), out_specs=rows, check_vma=False
-            )
-        self._act = jax.jit(act)
+        self._act = jax.jit(functools.partial(_act, cfg))
         end = (tokenizer.id("<|im_end|>"),)
         self._say = jax.jit(functools.partial(_say, cfg, end), static_argnames="max_new_tokens")
 

@@ -125,15 +125,12 @@ def _splash(q, k, v, causal, q_segments, kv_segments, interpret):
         q_segments = jnp.zeros(q.shape[:2], jnp.int32)
         kv_segments = jnp.zeros(k.shape[:2], jnp.int32)
     kernel = functools.partial(_splash_shard, causal=causal, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    axes = jax.sharding.get_abstract_mesh().axis_names
     if axes:  # a Pallas call is opaque to the partitioner: say how it splits
         batch = tuple(a for a in _BATCH_AXES if a in axes)
         heads = P(batch, None, "tensor" if "tensor" in axes else None, None)
         specs = (heads, heads, heads, P(batch), P(batch))
-        kernel = jax.shard_map(
-            kernel, in_specs=specs, out_specs=heads, axis_names=axes, check_vma=False
-        )
+        kernel = jax.shard_map(kernel, in_specs=specs, out_specs=heads, check_vma=False)
     return kernel(q, k, v, q_segments, kv_segments)
 
 
