@@ -106,6 +106,16 @@ class LiberoExpert:
         self._advance(hand, place - hand, float(twist))
         return action
 
+    def lifted(self) -> bool:
+        """Whether the object is 2 cm above where it was taken."""
+        return bool(self.simulator.data.xpos[self.body][2] - self._origin[2] >= 0.02)
+
+    def release_place(self) -> np.ndarray:
+        """Where the hand would let go of the object that it holds, float64[3], metres."""
+        thing = self.simulator.data.xpos[self.body]
+        wanted = np.append(self._goal_place(), self._release + self._below)
+        return self.simulator.pose()[:3, 3] + wanted - thing
+
     def _begin(self, goal: tuple[str, ...]) -> None:
         """Plan how to take the goal's object, and how to let go of it."""
         model, data = self.simulator.model, self.simulator.data
@@ -151,7 +161,7 @@ class LiberoExpert:
 
     def _target(self, hand: np.ndarray) -> np.ndarray:
         """Where the hand should be, float64[3]."""
-        grasp, thing = self.grasp.place, self.simulator.data.xpos[self.body]
+        grasp = self.grasp.place
         if self.phase is Phase.REACH:
             way = _tallest_between(self._clutter, hand[:2], grasp[:2])
             height = max(grasp[2] + _HAND_ABOVE, way + _CLEAR)
@@ -162,9 +172,8 @@ class LiberoExpert:
         if self.phase is Phase.LIFT:
             return np.append(self._taken, self._carry_height)
         if self.phase in (Phase.CARRY, Phase.LOWER):
-            over = hand[:2] + self._goal_place() - thing[:2]
-            lower = hand[2] + self._release + self._below - thing[2]
-            return np.append(over, lower if self.phase is Phase.LOWER else self._carry_height)
+            place = self.release_place()
+            return place if self.phase is Phase.LOWER else np.append(place[:2], self._carry_height)
         return self._let_go + np.array([0, 0, 0.08 if self.phase is Phase.RETREAT else 0])
 
     def _advance(self, hand: np.ndarray, error: np.ndarray, twist: float) -> None:
@@ -177,7 +186,7 @@ class LiberoExpert:
         """
         thing = self.simulator.data.xpos[self.body]
         far, aside = np.linalg.norm(error), np.linalg.norm(error[:2])
-        missed = self.phase is Phase.LIFT and self.steps > 14 and thing[2] - self._origin[2] < 0.02
+        missed = self.phase is Phase.LIFT and self.steps > 14 and not self.lifted()
         lost = self.phase is Phase.CARRY and np.linalg.norm(thing - hand) > 0.16
         if (missed or lost) and self.tries < MAX_TRIES:
             self.tries += 1

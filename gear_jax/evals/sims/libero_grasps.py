@@ -15,6 +15,8 @@ _BOX, _MESH = 6, 7  # of mjtGeom
 _CENTRE_DEPTH = 0.024  # metres below an object's top
 _RIM_DEPTH = 0.022
 _TURN_COST = 0.004  # metres of width that a radian of turning is worth
+# a round rim is as good on either side: take one always, for who learns from both takes the middle
+_OTHER_SIDE_COST = 0.004
 _CENTRE_YAWS = np.deg2rad(np.arange(-60, 61, 5))
 _RIM_YAWS = np.deg2rad(np.arange(-75, 91, 15))
 
@@ -101,7 +103,7 @@ def _plan_rim(points, clutter, base):
             radius = np.quantile(rim @ axis, 0.995) - 0.004  # in the middle of the wall
             place = np.append(centre + axis * radius, top - _RIM_DEPTH)
             cost = 0.02 * hand_hits(clutter, place, yaw) + 0.02 * abs(yaw)
-            cost += 0.05 * float(np.linalg.norm(place[:2] - base))
+            cost += 0.05 * float(np.linalg.norm(place[:2] - base)) + _OTHER_SIDE_COST * (side < 0)
             candidates.append((cost, Grasp("rim", place, float(yaw))))
     return min(candidates, key=lambda one: one[0])[1]
 

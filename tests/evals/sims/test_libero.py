@@ -16,6 +16,7 @@ from gear_jax.data.rlds_writer import RldsWriter
 from gear_jax.evals.sims.libero import CAMERAS, SETTLE, LiberoSimulator
 from gear_jax.evals.sims.libero_demos import episodes
 from gear_jax.evals.sims.libero_expert import LiberoExpert
+from gear_jax.evals.sims.libero_grasps import body_id
 from gear_jax.evals.sims.recording import columns
 from gear_jax.evals.sims.rendering import choose_backend
 from gear_jax.types import Observation
@@ -186,6 +187,28 @@ def test_noisy_runs_hold_still_before_the_fingers_open_and_go_on_after_success(s
     assert rested < before / 2
     assert steps > 16
     assert up > 0.02
+
+
+def test_noisy_runs_begin_with_the_object_in_hand_on_either_side_of_its_goal(simulator):
+    def begins(seed):
+        """Where the object is when the first record begins, float64[3], metres from its goal."""
+        found = []
+
+        def look():
+            places = [simulator.data.xpos[body_id(simulator.model, name)] for name in goal]
+            found.append(places[0] - places[1])
+            return blank()
+
+        blank = _blind(simulator)
+        next(episodes(simulator, [2], [0], speed=0.5, noise=0.5, seed=seed, look=look))
+        return found[0]
+
+    simulator.reset(simulator.tasks()[2].name, 0)
+    goal = simulator.goals()[0][1:]
+    short, far = begins(6), begins(22)
+    assert short[0] < -0.02
+    assert far[0] > 0.02
+    assert min(short[2], far[2]) > 0.04
 
 
 def test_a_repeat_is_another_run_and_the_same_for_the_same_seed(simulator):

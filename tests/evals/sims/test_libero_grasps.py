@@ -49,6 +49,12 @@ def test_something_wide_is_taken_at_its_rim():
     assert across > 0.999
 
 
+def test_a_round_rim_is_taken_on_the_same_side_wherever_it_stands():
+    for aside in (-0.15, -0.001, 0.0, 0.001, 0.15):
+        grasp = plan_grasp(_bowl(0.06, 0.05) + (0, aside, 0), NOTHING, BASE)
+        assert grasp.place[1] > aside + 0.05
+
+
 def test_a_rim_is_taken_where_nothing_stands_in_the_way():
     free = plan_grasp(_bowl(0.06, 0.05), NOTHING, BASE)
     wall = _box((0.04, 0.04, 0.2), at=(*(free.place[:2] * 1.4), 0.0))
