@@ -35,6 +35,7 @@ from gear_jax.data.normalizer import Normalizer
 from gear_jax.data.prepared import Prepared
 from gear_jax.data.record_packs import Packed
 from gear_jax.data.record_pool import Pool
+from gear_jax.data.record_state import read_state
 from gear_jax.data.sequences import Question, RowMaker
 from gear_jax.data.shared_buffers import Buffers, Handle, Reader
 from gear_jax.data.tfrecord import DataError
@@ -285,7 +286,7 @@ class _Load(grain.transforms.Map):
         for row, (source, index) in enumerate(zip(batch["source"], chosen, strict=True)):
             one = self.sets[source]
             if isinstance(one, Pool | Packed):
-                self._vision_language(batch, row, one, index)
+                self._vision_language(batch, row, one, index, state)
                 continue
             number, step = one.locate(index)
             windows.append((row, one.episode(number), step))
@@ -355,7 +356,7 @@ class _Load(grain.transforms.Map):
             images_lib.change_colours(part, augmentation)
         return fit
 
-    def _vision_language(self, batch, row, pool, index):
+    def _vision_language(self, batch, row, pool, index, state):
         """Questions of one row; their images take the views' places in order.
 
         No crop: the answer's coordinates are those of the whole image.
@@ -376,11 +377,25 @@ class _Load(grain.transforms.Map):
             slots = tuple(range(first, first + len(pictures)))
             if views is not None:  # the pack is this record alone
                 slots = tuple(VIEWS.index(view) for view in views)
+            if "state" in record:
+                self._state(batch, row, record["state"], state, pool.where(number))
             for slot, picture in zip(slots, pictures, strict=True):
                 images_lib.fit_into(batch["images"][row, slot], picture, self.config.fit)
                 batch["view_mask"][row, slot] = True
             question = Question(sample.prompt, sample.answer, slots, robot=views is not None)
             batch["questions"][row].append(question)
+
+    def _state(self, batch, row, told, state, where):
+        """What a record says of its robot, beside the states of windows."""
+        robot = told["embodiment"]
+        if self.normalizer is not None and robot not in self.normalizer.states:
+            raise DataError(
+                f"{where}: field 'state' is of {robot!r}: expected a robot of the data sets, whose "
+                f"statistics are known: {sorted(self.normalizer.states)}"
+            )
+        batch["embodiment_id"][row] = embodiment_id(robot)
+        for key, value in read_state(told).items():
+            state[key][row] = value
 
     def _pictures(self, batch, pool, number, record):
         """Decoded images of a record, or None where one is bad."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from gear_jax.data.record_state import state_fault
 from gear_jax.data.tfrecord import DataError
 from gear_jax.data.vision_language import TYPES, Record, text_fault
 from gear_jax.types import VIEWS
@@ -128,7 +129,7 @@ def _checked(line: bytes, where: str) -> Record:
     if not isinstance(kind, str) or kind not in TYPES:
         raise DataError(f"{where}: type {kind!r}: expected one of {list(TYPES)}")
     task = TYPES[kind]
-    optional = {"views", *task.optional}
+    optional = {"views", "state", *task.optional}
     known = {"id", "type", "images", *task.fields, *optional}
     for field in sorted(known - set(record) - optional):
         raise DataError(f"{where}: field {field!r} is missing")
@@ -149,7 +150,9 @@ def _checked(line: bytes, where: str) -> Record:
         raise DataError(f"{where}: field 'views': expected different ones of {list(VIEWS)}")
     if len(views) != len(images):
         raise DataError(f"{where}: field 'views' has {len(views)}, expected one for each image")
-    for field, check in {**task.fields, **task.optional}.items():
+    if "state" in record and "views" not in record:
+        raise DataError(f"{where}: field 'state' is a robot's: expected field 'views' beside it")
+    for field, check in {**task.fields, **task.optional, "state": state_fault}.items():
         wrong = check(record[field]) if field in record else None
         if wrong:
             raise DataError(f"{where}: field {field!r}: expected {wrong}")

@@ -316,19 +316,18 @@ def _parts(batch, index, tokenizer, ids, config, fast):
     questions = batch["questions"][index]
     if not questions:
         return [_row(batch, index, tokenizer, ids, config, fast)]
-    views = batch["view_mask"][index]
     return [
-        _asked(one, number, views, tokenizer, ids, config)
+        _asked(one, number, batch, index, tokenizer, ids, config)
         for number, one in enumerate(questions, 1)
     ]
 
 
-def _asked(question, segment, view_mask, tokenizer, ids, config):
-    """One question and its answer, in a segment of their own."""
+def _asked(question, segment, batch, index, tokenizer, ids, config):
+    """One question and its answer, in a segment of their own; with the state, if one is known."""
     row, size = _Row(), config.view_grid[0] * config.view_grid[1]
     row.add(tokenizer.encode(_OPENING), segment=segment)
     if question.robot:
-        _views(row, view_mask, ids, size)
+        _views(row, batch["view_mask"][index], ids, size)
     for place in () if question.robot else question.views:
         row.add(ids.vision[0], segment=segment)
         row.add([ids.pad] * size, segment=segment, group=_VIEW_GROUPS[VIEWS[place]], kind=IMAGE,
@@ -336,7 +335,10 @@ def _asked(question, segment, view_mask, tokenizer, ids, config):
         row.add(ids.vision[1], segment=segment)
     for text in (question.prompt, question.answer):
         tokenizer.check_user_text(text)
-    row.add([*tokenizer.encode(question.prompt), *tokenizer.encode(_TURN)], segment=segment)
+    row.add(tokenizer.encode(question.prompt), segment=segment)
+    if question.robot and batch["state"]["arm_mask"][index].any():
+        _state(row, batch["state"], index, ids, len(VIEWS) * size)
+    row.add(tokenizer.encode(_TURN), segment=segment)
     if config.prompt_only:
         return row.finish()
     block = 0

@@ -67,14 +67,15 @@ def _options(value):
 def _numbers(count):
     def check(value):
         fine = isinstance(value, list) and 1 <= len(value) <= MAX_POINTS
-        if not fine or not all(_is_numbers(row, count) for row in value):
+        if not fine or not all(is_numbers(row, count) for row in value):
             return f"one to {MAX_POINTS} lists of {count} finite numbers, none beyond {_MOST:g}"
         return None
 
     return check
 
 
-def _is_numbers(row, count):
+def is_numbers(row, count):
+    """Whether it is a list of so many finite numbers of a sensible size."""
     return (
         isinstance(row, list)
         and len(row) == count
@@ -94,7 +95,7 @@ def _one_box(value):
 
 
 def _pose_box(value):
-    return None if _is_numbers(value, 9) else f"nine finite numbers, none beyond {_MOST:g}"
+    return None if is_numbers(value, 9) else f"nine finite numbers, none beyond {_MOST:g}"
 
 
 def _mask(value):
@@ -187,13 +188,13 @@ def _lists(text, count, key=None):
     """Bracketed lists of so many numbers; only those that follow the key, if it has any."""
     keyed = re.findall(rf"""["']{key}["']\s*:\s*{_LIST}""", text) if key else []
     found = [[float(x) for x in inner.split(",")] for inner in keyed or re.findall(_LIST, text)]
-    return [row for row in found if _is_numbers(row, count)]
+    return [row for row in found if is_numbers(row, count)]
 
 
 def _read_points(text):
     tags = _TAG.findall(text) if "<point" in text else []
     points = [[float(x), float(y)] for x, y in tags]
-    return _lists(text, 2, "point_2d") or [row for row in points if _is_numbers(row, 2)] or None
+    return _lists(text, 2, "point_2d") or [row for row in points if is_numbers(row, 2)] or None
 
 
 def _read_boxes(text):

@@ -38,7 +38,7 @@ from gear_jax.types import VIEWS, ActionSpec
 
 # Tokenizers that need no file, for models that are trained from nothing.
 BUILT_IN = {"bytes": text.byte_tokenizer, "small": small_tokenizer}
-_NOT_TOLD = ("id", "type", "images", "views", "mask")  # of a record
+_NOT_TOLD = ("id", "type", "images", "views", "state", "mask")  # of a record
 _OWN_KEYS = ("weight", "group", "latents")  # of a set, beside the fields of DatasetConfig
 
 

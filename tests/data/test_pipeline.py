@@ -14,6 +14,7 @@ from gear_jax.data.normalizer import Normalizer
 from gear_jax.data.pipeline import Stream, StreamConfig
 from gear_jax.data.record_packs import Packed, Room
 from gear_jax.data.record_pool import Pool
+from gear_jax.data.record_state import write_state
 from gear_jax.data.rlds_writer import Column, RldsWriter
 from gear_jax.data.sequences import Question
 from gear_jax.data.statistics import denormalize_action, normalize_state
@@ -295,6 +296,38 @@ def test_a_question_about_a_robots_views_shows_them_in_their_places(tmp_path):
     wanted = np.zeros((56, 56, 3), np.uint8)
     fit_into(wanted, head, "pad")
     np.testing.assert_array_equal(batch["images"][0, 0], wanted)
+
+
+def test_a_question_that_says_its_robots_state_has_it_normalised_as_windows_have(tmp_path):
+    robot = open_prepared(
+        DatasetConfig(str(write_robot(tmp_path)), "franka_sim_pick", str(tmp_path / "w"))
+    )
+    statistics = measure(robot, SPEC).statistics("robot")
+    normalizer = Normalizer(statistics, {robot.row.embodiment: statistics}, SPEC)
+    window = make_window(robot.episode(0), 3, SPEC)
+    (tmp_path / "a.jpg").write_bytes(_jpeg(np.random.default_rng(1), 40, 60))
+    record = {
+        "id": "v", "type": "general_vqa", "images": ["a.jpg"], "views": ["head"],
+        "question": "Which way?", "answer": "Left.",
+        "state": write_state(window.embodiment, window.state),
+    }  # fmt: skip
+    (tmp_path / "pool.jsonl").write_text(json.dumps(record))
+    pool = {"asked": Pool(tmp_path / "pool.jsonl")}
+    phases, config = [Phase(0.0, {"asked": 1.0})], StreamConfig(1, 4, image_size=56)
+    batch = next(Stream(pool, phases, config, normalizer))
+    number = embodiment_id(window.embodiment)
+    assert batch["embodiment_id"].tolist() == [number]
+    rows = {key: value[None] for key, value in window.state.items()}
+    wanted = normalizer.normalize_state(rows, np.array([number]))
+    assert np.abs(wanted["ee"]).max() > 0.1
+    for key, value in wanted.items():
+        np.testing.assert_allclose(batch["state"][key], value, atol=1e-4, err_msg=key)
+    (tmp_path / "pool.jsonl").write_text(json.dumps(record | {"state": {
+        "embodiment": "ur5", "arms": {"right": {"grip_open": 1}},
+    }}))  # fmt: skip
+    pool = {"asked": Pool(tmp_path / "pool.jsonl")}
+    with pytest.raises(DataError, match="line 1: field 'state' is of 'ur5': expected a robot of"):
+        next(Stream(pool, phases, config, normalizer))
 
 
 def test_a_bad_image_is_masked_counted_and_named_and_too_many_stop_the_run(tmp_path):

@@ -136,27 +136,40 @@ def test_a_question_has_its_images_and_its_answer_only():
     assert not row["latent_valid"].any()
 
 
-def test_a_question_about_a_robots_views_begins_as_its_rows_do():
+def _nobody():
+    """The state of a question whose record says none."""
+    return {key: np.zeros_like(value) for key, value in _batch()["state"].items()}
+
+
+@pytest.mark.parametrize(("state", "shown"), [(None, 24), (_nobody(), 18)])
+def test_a_question_about_a_robots_views_begins_as_its_rows_do(state, shown):
+    """With views and instruction, and the state where the record says it."""
     question = Question("a b", "c", (0, 2), robot=True)
-    asked = _one(_batch(instruction=[""], questions=[[question]]), fast=None)
+    changes = {} if state is None else {"state": state}
+    told = _batch(instruction=[""], questions=[[question]], **changes)
+    asked = _one(told, fast=None)
     robot = _one(_batch())
-    shown = 18  # views and instruction
     for name in ("tokens", "segments", "groups", "insert_index"):
         np.testing.assert_array_equal(asked[name][:shown], robot[name][:shown], err_msg=name)
     np.testing.assert_array_equal(asked["positions"][:, :shown], robot["positions"][:, :shown])
     assert _names(asked["tokens"][shown:]) == [2, 102, "<|im_end|>"]
     assert (asked["labels"] != IGNORE).sum() == 2
     scenes = [
-        token_rows(one, _Words(), CONFIG, [None])["scenes"].tolist()
-        for one in (_batch(), _batch(instruction=[""], questions=[[question]]))
+        token_rows(one, _Words(), CONFIG, [None])["scenes"].tolist() for one in (_batch(), told)
     ]
     assert scenes[0] == scenes[1] == [[0, -1, 0]]
+
+
+def test_a_question_of_no_robot_has_no_state():
+    row = _one(_batch(instruction=[""], questions=[[Question("a b", "c", (0, 2))]]), fast=None)
+    assert "<|state_pad|>" not in _names(row["tokens"])
 
 
 def test_a_question_about_a_robots_views_may_be_answered_through_a_latent_block():
     config = dataclasses.replace(CONFIG, through_latents=True)
     questions = [[Question("a b", "c", (0, 2), robot=True)]]
-    row = _one(_batch(instruction=[""], questions=questions), fast=None, config=config)
+    told = _batch(instruction=[""], questions=questions, state=_nobody())
+    row = _one(told, fast=None, config=config)
     robot = _one(_batch())
     codes = ["<|la_start|>", *["<la_0>"] * 4, "<|la_end|>"]
     assert _names(row["tokens"][18:]) == [2, *codes, 102, "<|im_end|>"]

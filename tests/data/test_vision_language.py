@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gear_jax.data.images import Fit
 from gear_jax.data.mask_overlay import encode_mask
 from gear_jax.data.record_pool import Pool, keep_record
+from gear_jax.data.record_state import read_state, state_fault, write_state
 from gear_jax.data.tfrecord import DataError
 from gear_jax.data.vision_language import TYPES, make_sample, parse_answer
 
@@ -27,6 +28,19 @@ CHOICE = {
     "options": ["a", "b"],
 }  # fmt: skip
 POINT = {"id": "p", "type": "object_point", "images": ["a.jpg"], "label": "mug", "points": [[1, 2]]}
+RIGHT = {
+    "ee_pos": [0.3, 0, 0.2], "ee_quat": [0, 1, 0, 0], "joint_pos": [0.1] * 7, "grip_open": 1,
+}  # fmt: skip
+STATE = {"embodiment": "franka", "arms": {"right": RIGHT}}
+
+
+def _about(state):
+    return POINT | {"views": ["head"], "state": state}
+
+
+def _arm(**changes):
+    arm = {key: value for key, value in (RIGHT | changes).items() if value is not None}
+    return _about(STATE | {"arms": {"right": arm}})
 
 
 def _rng():
@@ -228,6 +242,19 @@ def test_a_mask_without_a_colour_gets_one_by_the_generator():
         (POINT | {"views": ["tail"]}, "field 'views': expected different ones of"),
         (POINT | {"views": "head"}, "field 'views': expected different ones of"),
         (POINT | {"views": ["head", "left_wrist"]}, "'views' has 2, expected one for each image"),
+        (POINT | {"state": STATE}, "field 'state' is a robot's: expected field 'views' beside it"),
+        (_about({}), "field 'state': expected an object with 'embodiment' and 'arms'"),
+        (_about(STATE | {"embodiment": "toaster"}), "'state': expected an 'embodiment' of"),
+        (_about(STATE | {"embodiment": "human"}), "'state': expected an 'embodiment' of"),
+        (_about(STATE | {"embodiment": ["franka"]}), "'state': expected an 'embodiment' of"),
+        (_about(STATE | {"arms": {"left": RIGHT}}), "'arms' with some of ['right']"),
+        (_about(STATE | {"arms": {"right": {"elbow": 1}}}), "arm 'right' with some of"),
+        (_arm(ee_quat=None), "arm 'right' with both of 'ee_pos' and 'ee_quat'"),
+        (_arm(joint_pos=[0.0] * 6), "7 finite numbers in 'joint_pos'"),
+        (_arm(ee_pos=[0, 10**400, 0]), "3 finite numbers in 'ee_pos'"),
+        (_arm(ee_quat=[1, 1, 0, 0]), "an 'ee_quat' of length 1"),
+        (_arm(grip_open=1.5), "a 'grip_open' of 0 .. 1"),
+        (_arm(grip_open="wide"), "a 'grip_open' of 0 .. 1"),
         (POINT | {"points": [[1, float("nan")]]}, "field 'points': expected one to 10000 lists"),
         (POINT | {"points": [[1, 2]] * 10_001}, "field 'points'"),
         (POINT | {"points": [[1, True]]}, "field 'points'"),
@@ -295,3 +322,19 @@ def test_a_pool_picks_types_and_a_fixed_subset_and_survives_pickling(tmp_path):
         Pool(tmp_path, types=["traj3d"])
     with pytest.raises(DataError, match="expected a .jsonl file"):
         Pool(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("known", [("ee_pos", "ee_quat"), ("joint_pos",), ("grip_open",)])
+def test_a_state_comes_back_as_it_was_told_and_what_is_not_told_is_masked(known):
+    told = {"embodiment": "franka", "arms": {"right": {key: RIGHT[key] for key in known}}}
+    assert state_fault(told) is None
+    state = read_state(told)
+    assert write_state("franka", state) == told
+    assert state["arm_mask"].tolist() == [False, True]
+    masks = {"ee_pos": "ee_mask", "joint_pos": "joint_mask", "grip_open": "grip_mask"}
+    for field, mask in masks.items():
+        assert not state[mask][0].any()
+        assert state[mask][1].any() == (field in known)
+    if "ee_pos" in known:
+        np.testing.assert_allclose(state["ee_pose"][1, :3, 3], RIGHT["ee_pos"], atol=1e-7)
+        np.testing.assert_allclose(state["ee_pose"][1, :3, :3], np.diag([1, -1, -1]), atol=1e-7)
