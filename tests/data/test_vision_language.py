@@ -75,6 +75,11 @@ def test_the_pages_examples_are_what_the_code_writes(tmp_path, record, prompt, a
         assert said == record["answer"]
 
 
+def test_the_pages_example_with_a_state_is_accepted(tmp_path):
+    (line,) = re.findall(r"^    (\{.*\})$", DOC.read_text(), re.MULTILINE)
+    assert _pool(tmp_path, line).record(0)["state"]["embodiment"] == "franka"
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     height=st.integers(20, 1000),
