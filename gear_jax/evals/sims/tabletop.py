@@ -169,7 +169,7 @@ class TabletopSimulator:
         mujoco = _mujoco()
         self.scene = draw_scene(colour, init)
         self._build(rng)
-        self._data.qpos[:4] = rng.uniform((-0.12, -0.12, 0.02, -0.4), (0.12, 0.12, 0.14, 0.4))
+        self._data.qpos[:4] = rng.uniform((-0.16, -0.16, 0.02, -0.4), (0.16, 0.16, 0.14, 0.4))
         self._data.qpos[4:6] = rng.uniform(0.4, 1) * FINGER_OPEN
         mujoco.mj_forward(self._model, self._data)
 

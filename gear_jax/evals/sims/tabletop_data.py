@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from gear_jax.data.embodiments import embodiment
+from gear_jax.data.record_state import write_state
 from gear_jax.evals.sims.recording import CutRun
 from gear_jax.evals.sims.tabletop import (
     COLOURS,
@@ -22,6 +23,9 @@ from gear_jax.evals.sims.tabletop_expert import Pushes, TabletopExpert
 NUM_JOINTS = embodiment("tabletop_gantry").joints["right"]
 _AFTER = 16  # control steps recorded after success: up to the top, and hold on
 _PUSHED = 0.007  # of control steps a push begins at: a run is cut there
+_BEGINS = {"initial": 0.25, "anywhere": 0.5, "missed": 0.25}  # where a run with noise begins
+_ANYWHERE = (-0.16, -0.16, 0.03), (0.16, 0.16, 0.12)  # metres: where the hand goes before
+_WANDERING = 30  # control steps, fewer than these
 _FIRST_QUESTION = 1_000_000  # initial states from here on are asked about
 
 
@@ -95,17 +99,19 @@ def _demonstrate(simulator, task, init, noise, seed, encoding):
 
 
 def _wander(simulator, rng):
-    """What the expert finds: all as it was, the hand elsewhere, or a grasp that missed.
+    """What the expert finds: all as it was, the hand anywhere, or a grasp that missed.
 
-    None of it is recorded.
+    None of it is recorded. "Anywhere" goes beyond the initial states of an evaluation and the head
+    view: a policy that never saw a hand come back from there goes on, away from the block.
     """
-    kind, closed = rng.integers(3), rng.choice([-1, 1])
-    way = rng.uniform(-1, 1, 3) * (0.3, 0.3, 0.15)
-    aside = rng.normal(0, 0.03, 3) * (1, 1, 0.3)
-    for _ in range(int(rng.integers(1, 16)) if kind else 0):
-        if kind == 2:
-            aim = simulator.block()[:3] + aside
-            way, closed = np.clip(8 * (aim - simulator.pose()[:3, 3]), -0.6, 0.6), 1
+    begins = rng.choice(list(_BEGINS), p=list(_BEGINS.values()))
+    if begins == "initial":
+        return
+    aim, closed = rng.uniform(*_ANYWHERE), rng.choice([-1, 1])
+    if begins == "missed":
+        aim, closed = simulator.block()[:3] + rng.normal(0, 0.03, 3) * (1, 1, 0.3), 1
+    for _ in range(int(rng.integers(1, _WANDERING))):
+        way = np.clip(8 * (aim - simulator.pose()[:3, 3]), -0.6, 0.6)
         simulator.act(np.append(way, (0, 0, 0, closed)))
 
 
@@ -114,8 +120,9 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
 
     points: where is the red block? scenes: where is what, in random order, each name before its
     place: without such descriptions, a model from nothing does not learn which colour was asked for
-    (docs/quickstart.md). ways: an instruction with both views, and where its block is from the
-    hand, in whole centimetres along its own axes. The hand is anywhere, at any height, so that the
+    (docs/quickstart.md). ways: an instruction with both views and the state, and where its block is
+    from the hand, in whole centimetres along its own axes; the head camera does not see every hand,
+    so without the state that could not be known. The hand is anywhere, at any height, so that the
     model has seen what a policy will see.
 
     Args:
@@ -133,7 +140,9 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
         colour = list(COLOURS)[number % len(COLOURS)]
         simulator.place(colour, _FIRST_QUESTION + seed * num_scenes + number, rng)
         images = [f"images/{number:06d}.png", f"images/{number:06d}_wrist.png"]
-        for file, view in zip(images, simulator.observe().images.values(), strict=True):
+        shown = simulator.observe()
+        state = write_state(shown.embodiment, shown.state)
+        for file, view in zip(images, shown.images.values(), strict=True):
             cv2.imwrite(str(folder / file), view[..., ::-1])
         name, seen = f"tabletop/{seed}/{number}", []
         for block, its in enumerate(simulator.scene.colours):
@@ -149,7 +158,7 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
             ways.append(
                 {"id": f"{name}/{its}", "type": "understanding_qa",
                  "question": told, "answer": f"{x:+03} {y:+03} {z:+03}", "images": images,
-                 "views": ["head", "right_wrist"]}
+                 "views": ["head", "right_wrist"], "state": state}
             )  # fmt: skip
         answer = ", ".join(seen[block] for block in order.permutation(len(seen)))
         scenes.append(

@@ -188,6 +188,21 @@ def test_a_run_is_cut_where_the_hand_was_pushed(monkeypatch):
     assert len(ends) == len(set(ends)) > 4
 
 
+def test_runs_with_noise_begin_beyond_an_evaluations_hands_on_every_side(monkeypatch):
+    """A policy that goes too far has to have seen somebody come back from there."""
+    monkeypatch.setattr(TabletopSimulator, "_draw", lambda *_: np.zeros((8, 8, 3), np.uint8))
+
+    def begins(noise):
+        made = tabletop_data.demonstrations([2], range(1000, 1048), noise=noise)
+        first = [record for source, record in made if source.endswith("#0")]
+        return np.stack([record["steps/observation/state"][0, :2] for record in first])
+
+    calm, wild = np.abs(begins(0.0)).max(axis=0), begins(0.7)
+    assert (calm < 0.1).all()
+    assert (wild.min(axis=0) < -0.1).all()
+    assert (wild.max(axis=0) > 0.1).all()
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tabletop")
