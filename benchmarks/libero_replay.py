@@ -4,8 +4,10 @@
 
 The expert's episodes are written as a demonstration set and read back as the pipeline reads them.
 Then, at every query, the chunk that a perfect policy would answer (`make_window` at that time) is
-made absolute from where the simulated hand is now, and followed with the servo, open loop until the
-next query. A replay knows nothing of where objects are, so it also pays for every error of its own.
+made absolute and followed with the servo, open loop until the next query. Absolute from where the
+simulated hand is now, as for a policy (`--anchor hand`): but a replay sees nothing, so what it is
+behind at a query is missing for good. Or from where the recorded hand was (`--anchor record`): then
+only chunks, rates and servo are left to lose something.
 Needs 'gear_jax[libero]'; physics only, about 6 s of CPU an episode for both together.
 """
 
@@ -42,8 +44,8 @@ def write_demonstrations(simulator, folder, num_inits, speed):
                 writer.add(record)
 
 
-def replay(simulator, episode, spec, num_steps):
-    """Run one episode from its own chunks.
+def replay(simulator, episode, spec, num_steps, anchor):
+    """Run one episode from its own chunks, absolute from `anchor`: "hand" or "record".
 
     Returns:
         Whether the task was done, and float64[steps] metres between the hand and its targets.
@@ -56,7 +58,7 @@ def replay(simulator, episode, spec, num_steps):
         window = make_window(episode, min(step, episode.num_steps - 1), spec)
         way = targets(
             window.action,
-            simulator.state(),
+            simulator.state() if anchor == "hand" else window.state,
             spec,
             rate_hz=simulator.rate_hz,
             num_steps=min(num_steps, limit - step),
@@ -76,6 +78,7 @@ def main(argv=None):
     parser.add_argument("--suite", default="libero_spatial")
     parser.add_argument("--inits", type=int, default=5, help="of each task")
     parser.add_argument("--replan", type=int, default=10, help="rows of a chunk until the next")
+    parser.add_argument("--anchor", choices=("hand", "record"), default="hand")
     parser.add_argument("--folder", help="keeps the demonstrations; used again if they are there")
     parser.add_argument("--speed", type=float, default=0.8, help="of the expert, 0 .. 1")
     parser.add_argument("--correction", type=float, help="of the servo, if not its own")
@@ -101,12 +104,12 @@ def main(argv=None):
         found, errors, missed = 0, [], []
         for number in range(len(prepared)):
             episode = prepared.episode(number)
-            done, error = replay(simulator, episode, spec, num_steps)
+            done, error = replay(simulator, episode, spec, num_steps, args.anchor)
             found += done
             errors.append(error)
             missed += [] if done else [episode.episode_id]
     print(f"expert: {len(prepared)} of {total}, {_interval(len(prepared), total)}")
-    print(f"replay: {found} of {total}, {_interval(found, total)}; {num_steps} steps a query")
+    print(f"replay: {found} of {total}, {_interval(found, total)}; {num_steps} steps a query, from the {args.anchor}")
     error = 1000 * np.concatenate(errors)
     print(
         f"hand to target after each step: median {np.median(error):.1f} mm, 90 % within "

@@ -114,14 +114,17 @@ def _vlm(config, world):
 
 
 def _spatial(config, world):
-    """The same towers: where things are from the hand, and how it moves; all behind latent tokens.
+    """Where things are from the hand, and how it moves; all behind latent tokens.
 
-    Nobody knows their codes yet: they are drawn at random, and what follows them is learned.
+    Nobody knows their codes yet: they are drawn at random, and what follows them is learned. The 2D
+    and 3D towers stay as they are, which makes a step cost a third.
     """
     sets = config.data.sets
     _vlm(config, world)
-    config.optim.update(num_steps=3000, lr=1e-3, schedule="cosine", partitions=((".*", "vlm"),))
+    config.optim.update(num_steps=3000, lr=1e-3, schedule="cosine")
+    config.optim.partitions = (("(vision|geometry)/.*", None), (".*", "vlm"))
     config.model.update(length=156, scrambled=0.5, through_latents=True, with_fast=True)
+    config.model.train_vision = False
     sets[world.name].latents = None
     config.data.sets, config.data.batch_size = sets, 32
     _ask(config, world, {"points": 0.05, "ways": 0.45})

@@ -1,7 +1,7 @@
 """From nothing to a robot policy and its success rate: on the embedded tabletop, or in LIBERO.
 
     make quickstart                    # the tabletop
-    FROM_SCRATCH=1 make quickstart     # also trains the small VLM that ships with the project
+    FROM_SCRATCH=1 make quickstart     # trains a small VLM of its own first
     make quickstart-libero             # one task of LIBERO-Spatial
 
 Scripted demonstrations are written as RLDS; a latent-action tokenizer is trained on them and gives
