@@ -109,7 +109,10 @@ def main(argv=None):
             errors.append(error)
             missed += [] if done else [episode.episode_id]
     print(f"expert: {len(prepared)} of {total}, {_interval(len(prepared), total)}")
-    print(f"replay: {found} of {total}, {_interval(found, total)}; {num_steps} steps a query, from the {args.anchor}")
+    print(
+        f"replay: {found} of {total}, {_interval(found, total)}; {num_steps} steps a query, from "
+        f"the {args.anchor}"
+    )
     error = 1000 * np.concatenate(errors)
     print(
         f"hand to target after each step: median {np.median(error):.1f} mm, 90 % within "
