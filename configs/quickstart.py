@@ -117,7 +117,7 @@ def _spatial(config, world):
     """Where things are from the hand, and how it moves; all behind latent tokens.
 
     Nobody knows their codes yet: they are drawn at random, and what follows them is learned. The 2D
-    and 3D towers stay as they are, which makes a step cost a third.
+    and 3D towers stay as they are, which about halves what a step costs.
     """
     sets = config.data.sets
     _vlm(config, world)
