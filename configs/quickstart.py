@@ -69,7 +69,9 @@ def get_config(arg="policy", world=TABLETOP):
     if stage is None:
         raise ValueError(f"configs/quickstart.py: {arg!r}: expected one of {STAGES}")
     if stage in ("vlm", "ways") and not world.questions:
-        raise ValueError(f"{world.config}: stage {stage!r} learns from questions, and there are none")
+        raise ValueError(
+            f"{world.config}: stage {stage!r} learns from questions, and there are none"
+        )
     if stage == "latents":
         return _latents(world)
     _, variant, _ = gear_base.parse(
@@ -185,12 +187,14 @@ def _policy(config, world):
     config.init.update(run=f"{world.root}/pretrain", fresh=("expert/.*",))
 
 
-_STAGES = {"vlm": _vlm, "ways": _ways, "spatial": _spatial, "pretrain": _pretrain, "policy": _policy}
+_STAGES = {
+    "vlm": _vlm, "ways": _ways, "spatial": _spatial, "pretrain": _pretrain, "policy": _policy,
+}  # fmt: skip
 
 _MODEL = {
     "tokenizer": "small", "image_size": 64, "length": 156, "real_tokens": 120,
-    "fast_length": 40, "most_labels": 96, "flow_draws": 4, "fast_sees": "latents", "remat": "attention",
-    "scrambled": 0.5, "through_latents": True, "drops": "none",
+    "fast_length": 40, "most_labels": 96, "flow_draws": 4, "fast_sees": "latents",
+    "remat": "attention", "scrambled": 0.5, "through_latents": True, "drops": "none",
     "language": {
         "depth": 3, "width": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 24,
         "mlp_dim": 256, "vocab_size": 1088, "rope_sections": (4, 4, 4), "tied_head": True,
