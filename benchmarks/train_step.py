@@ -3,14 +3,17 @@
     python -m benchmarks.train_step --size debug
     python -m benchmarks.train_step --size 100m --steps 12
     python -m benchmarks.train_step --size 3b --batch 2        # an accelerator; random batches
+    python -m benchmarks.train_step --size quickstart --batch 16 --remat none attention full
 
 The loop and the bare compiled step run the same program on the same state by turns; the rest of the
 loop's time (data, metrics, logging) is "outside". 3b and 7b have no data to read and are measured
-bare, with frozen and trainable VGGT; MFU counts neither remat nor padding.
+bare, with frozen and trainable VGGT; so are two stages of the quickstart. MFU counts neither remat
+nor padding.
 """
 
 import argparse
 import json
+import math
 import pathlib
 import statistics
 import tempfile
@@ -21,12 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import reach_ids
-from configs import policy_gear
+from configs import policy_gear, quickstart
 from gear_jax.train import gear, loop, plan, sharding
 from gear_jax.train.gear_batch import expected_arrays
 from gear_jax.train.log import peak_flops
 from gear_jax.train.optim import make_tx
 from gear_jax.train.state import make_train_step, new_state, state_shardings
+from gear_jax.types import VIEWS
 
 _100M = {
     "language": {
@@ -48,22 +52,21 @@ _100M = {
 def main():
     """Print a line for each measurement, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=("debug", "100m", "3b", "7b"), default="debug")
+    sizes = ("debug", "100m", "quickstart", "3b", "7b")
+    parser.add_argument("--size", choices=sizes, default=sizes[0])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40, help="of each turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--remat", nargs="*", default=["attention"], help="policies, 3b and 7b")
+    parser.add_argument("--remat", nargs="*", default=["attention"], help="where it is bare")
     args = parser.parse_args()
     if args.size in ("debug", "100m"):
         with tempfile.TemporaryDirectory() as folder:
             made = with_loop(args, pathlib.Path(folder))
     else:
-        made = [
-            bare(args, variant, remat)
-            for variant in ("frozen_vggt", "full")
-            for remat in args.remat
-        ]
+        stages = ("pretrain", "policy")
+        variants = stages if args.size == "quickstart" else ("frozen_vggt", "full")
+        made = [bare(args, variant, remat) for variant in variants for remat in args.remat]
     device = jax.devices()[0].device_kind
     print(json.dumps({"size": args.size, "device": device, "jax": jax.__version__, "made": made}))
 
@@ -145,12 +148,15 @@ def _bare_seconds(step, state, batch, steps):
     return statistics.median(seconds), state
 
 
-# Full sizes, on one accelerator
+# Full sizes on one accelerator, and the quickstart's
 
 
 def bare(args, variant, remat):
-    """One step of a full-size model on random rows: seconds, MFU and peak memory."""
-    config = policy_gear.get_config(f"{args.size},{variant}")
+    """One step of a model on random rows: seconds, MFU and peak memory."""
+    if args.size == "quickstart":
+        config = quickstart.get_config(variant)
+    else:
+        config = policy_gear.get_config(f"{args.size},{variant}")
     config.model.remat = remat
     model = gear.make_model(config)
     tx = make_tx(jax.eval_shape(model.init, jax.random.key(0))[0], model.optim)
@@ -182,6 +188,8 @@ def _random_rows(config, model, rows):
     rng = np.random.default_rng(0)
     shapes = expected_arrays(model.cfg, model.sequence, rows, config.model.image_size)
     tokens = config.model.real_tokens
+    answer = min(130, tokens // 2)  # tokens from the latent block on
+    pictures = math.prod(model.sequence.view_grid) * len(VIEWS)
     made = {}
     for name, one in shapes.items():
         if one.dtype == jnp.bool_:
@@ -197,12 +205,12 @@ def _random_rows(config, model, rows):
     there = place < tokens
     made["segments"][:] = there
     made["positions"][:] = place
-    made["insert_index"][:] = np.where(place < 768, place, -1)
+    made["insert_index"][:] = np.where(place < pictures, place, -1)
     made["tokens"][:] = np.where(there, rng.integers(0, 1000, place.shape), 0)
-    learned = there & (place >= tokens - 130)
+    learned = there & (place >= tokens - answer)
     made["labels"][:] = np.where(learned, made["tokens"], -100)
-    made["latent_index"][:] = np.arange(tokens - 130, tokens - 110)
-    made["chunk_position"][:] = tokens - 110
+    made["latent_index"][:] = tokens - answer + np.arange(model.cfg.num_latents)
+    made["chunk_position"][:] = tokens - answer + model.cfg.num_latents
     return {name: jnp.asarray(value, shapes[name].dtype) for name, value in made.items()}
 
 
