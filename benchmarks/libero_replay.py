@@ -12,6 +12,7 @@ Needs 'gear_jax[libero]'; physics only, about 6 s of CPU an episode for both tog
 """
 
 import argparse
+import dataclasses
 import tempfile
 
 import numpy as np
@@ -25,7 +26,7 @@ from gear_jax.evals.sims.libero_demos import episodes
 from gear_jax.evals.sims.recording import columns
 from gear_jax.evals.statistics import wilson
 from gear_jax.policy.execution import targets
-from gear_jax.policy.servo import OscServo
+from gear_jax.policy.servo import SERVOS
 from gear_jax.types import ActionSpec, Observation
 
 _BLANK = np.zeros((16, 16, 3), np.uint8)  # nobody looks at these pictures
@@ -81,9 +82,10 @@ def main(argv=None):
     parser.add_argument("--anchor", choices=("hand", "record"), default="hand")
     parser.add_argument("--folder", help="keeps the demonstrations; used again if they are there")
     parser.add_argument("--speed", type=float, default=0.8, help="of the expert, 0 .. 1")
+    parser.add_argument("--servo", choices=tuple(SERVOS), default="unit_mass")
     parser.add_argument("--correction", type=float, help="of the servo, if not its own")
     args = parser.parse_args(argv)
-    simulator, spec = LiberoSimulator(args.suite), ActionSpec()
+    simulator, spec = LiberoSimulator(args.suite, servo=args.servo), ActionSpec()
     total = 10 * args.inits
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or temporary
@@ -99,7 +101,7 @@ def main(argv=None):
         )
         prepared = open_prepared(config)
         if args.correction is not None:
-            simulator.servo = OscServo(correction=args.correction)
+            simulator.servo = dataclasses.replace(simulator.servo, correction=args.correction)
         num_steps = steps_between(args.replan, spec.rate_hz, simulator.rate_hz)
         found, errors, missed = 0, [], []
         for number in range(len(prepared)):

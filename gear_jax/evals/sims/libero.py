@@ -30,7 +30,7 @@ from gear_jax import geometry
 from gear_jax.data.windows import empty_state
 from gear_jax.evals.sims.base import Target, Task
 from gear_jax.evals.sims.rendering import choose_backend
-from gear_jax.policy.servo import OscServo
+from gear_jax.policy.servo import SERVOS, coupling
 from gear_jax.types import ARMS, Image, Observation, State
 
 MAX_STEPS = {
@@ -63,7 +63,7 @@ class LiberoSimulator:
         image_size: int = 256,
         quality: Literal["full", "fast"] = "full",
         seed: int = 7,
-        servo: OscServo | None = None,
+        servo: str = "unit_mass",
     ):
         """Import the benchmark; no environment is made yet.
 
@@ -73,7 +73,9 @@ class LiberoSimulator:
             quality: "full" gives the benchmark's own pictures; "fast" leaves out shadows,
                 reflections and anti-aliasing, 2 to 4 times faster: not for reported numbers.
             seed: of the fixtures' places.
-            servo: from target poses to actions.
+            servo: from target poses to actions, a key of `SERVOS`. "coupled" follows them four
+                times as closely (benchmarks/RESULTS.md), and no trained policy has been measured
+                with it yet.
 
         Raises:
             ValueError: unknown suite or option.
@@ -82,13 +84,14 @@ class LiberoSimulator:
         for name, value, accepted in (
             ("suite", suite, tuple(MAX_STEPS)),
             ("quality", quality, ("full", "fast")),
+            ("servo", servo, tuple(SERVOS)),
         ):
             if value not in accepted:
                 raise ValueError(f"LIBERO's {name} is {value!r}: expected one of {accepted}")
         if image_size < 8:
             raise ValueError(f"LIBERO's image_size is {image_size}: expected 8 or more pixels")
         self.suite, self.image_size, self.quality = suite, image_size, quality
-        self.seed, self.servo = seed, servo or OscServo()
+        self.seed, self.servo = seed, SERVOS[servo]
         self._libero = self._import()
         with _off_stdout():
             self._suite = self._libero["benchmark"].get_benchmark(suite)()
@@ -181,10 +184,16 @@ class LiberoSimulator:
         mujoco.mj_objectVelocity(self.model, self.data, kind, site, found, 0)
         return np.concatenate([found[3:], found[:3]])
 
+    def coupling(self) -> np.ndarray:
+        """How the arm answers its controller, float64[6, 6] (policy/servo.py)."""
+        controller = self._env.env.robots[0].controller
+        return coupling(controller.J_full, controller.mass_matrix)
+
     def step(self, target: Target) -> bool:
         """One control step towards the right arm's target; whether the task is done."""
         pose, opening = target["right"]
-        return self.act(self.servo.action(self.pose(), pose, opening, self.velocity()))
+        answer = self.coupling() if self.servo.coupled else None
+        return self.act(self.servo.action(self.pose(), pose, opening, self.velocity(), answer))
 
     def act(self, action: np.ndarray) -> bool:
         """One control step of the benchmark's own action, float[7] in [-1, 1]; whether done."""

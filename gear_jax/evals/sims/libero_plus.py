@@ -37,7 +37,6 @@ import numpy as np
 from gear_jax.evals.sims import libero_plus_tasks as names
 from gear_jax.evals.sims.base import Task
 from gear_jax.evals.sims.libero import MAX_STEPS, LiberoSimulator, _global_random, _off_stdout
-from gear_jax.policy.servo import OscServo
 from gear_jax.types import Image
 
 NOISES = ("motion_blur", "gaussian_blur", "zoom_blur", "fog", "glass_blur")  # ten strengths each
@@ -59,7 +58,7 @@ class LiberoPlusSimulator(LiberoSimulator):
         image_size: int = NOISE_SIZE,
         quality: Literal["full", "fast"] = "full",
         seed: int = 7,
-        servo: OscServo | None = None,
+        servo: str = "unit_mass",
         prompt: Literal["as_released", "clean"] = "as_released",
         robot: Literal["as_released", "perturbed"] = "as_released",
         axes: Sequence[str] = names.AXES,
@@ -72,7 +71,7 @@ class LiberoPlusSimulator(LiberoSimulator):
             image_size: pixels, both sides of both cameras; axis `noise` needs 256.
             quality: as in LIBERO.
             seed: of the fixtures' places and of the noise.
-            servo: from target poses to actions.
+            servo: as in LIBERO.
             prompt: "clean" leaves the perturbation's numbers out of the instruction.
             robot: "perturbed" begins with the joints that tasks of axis `robot` ask for.
             axes: which ones to list.

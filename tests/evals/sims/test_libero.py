@@ -19,6 +19,7 @@ from gear_jax.evals.sims.libero_expert import LiberoExpert
 from gear_jax.evals.sims.libero_grasps import body_id
 from gear_jax.evals.sims.recording import columns
 from gear_jax.evals.sims.rendering import choose_backend
+from gear_jax.policy.servo import SERVOS
 from gear_jax.types import Observation
 
 # robosuite 1.4 and what it imports are older than the newest Python and NumPy
@@ -103,6 +104,21 @@ def test_the_present_pose_is_the_observed_one_and_targets_move_it(simulator):
     assert simulator.state()["grip_open"][1] < 0.1
 
 
+def test_the_servo_that_knows_the_arm_follows_where_the_other_tilts(simulator, monkeypatch):
+    """A straight way to the front that begins at rest; the turn is to stay."""
+    tilts = {}
+    for name, servo in SERVOS.items():
+        monkeypatch.setattr(simulator, "servo", servo)
+        simulator.reset(simulator.tasks()[0].name, 0)
+        start, tilts[name] = simulator.pose(), []
+        for step in range(1, 11):
+            place = start[:3, 3] + (0.0005 * step**2, 0, 0)
+            simulator.step({"right": (geometry.make_pose(place, start[:3, :3]), 1.0)})
+            turn = geometry.rotmat_to_rotvec(simulator.pose()[:3, :3] @ start[:3, :3].T)
+            tilts[name].append(np.linalg.norm(turn))
+    assert max(tilts["coupled"]) < max(tilts["unit_mass"]) / 3
+
+
 def test_the_protocol_is_json_and_says_what_matters(simulator):
     said = json.loads(json.dumps(simulator.protocol()))
     assert said["quality"] == "full"
@@ -120,6 +136,8 @@ def test_what_is_wrong_is_one_sentence(simulator):
         LiberoSimulator("libero_moon")
     with pytest.raises(ValueError, match="quality is 'nice'"):
         LiberoSimulator(quality="nice")
+    with pytest.raises(ValueError, match="servo is 'strong': expected one of .*unit_mass"):
+        LiberoSimulator(servo="strong")
     with pytest.raises(ValueError, match="has no task 10: expected 0 .. 9"):
         next(episodes(simulator, [10], [0]))
 
