@@ -70,6 +70,7 @@ def base(size):
         "unused": ("unused/.*",),  # stored arrays that may lie idle
         "trained": (),  # embodiment slots of `run` that were trained; () is all
         "deeper": False,  # whether language layers may be added
+        "rows_like": (),  # row, first and end of the vocabulary: begin as row and a little noise
         "fresh_rows": (),  # first and end of the vocabulary: at random though they are stored
     }
     config.model = _model(size)

@@ -148,8 +148,9 @@ def _open_latents(config, sets, sequence):
     """{name: latent action ids} of robots and video."""
     made = {}
     for name, one in sets.items():
-        path = config.data.sets[name].get("latents")
-        if path is None and sequence.through_latents:
+        fields = config.data.sets[name]
+        path, unused = fields.get("latents"), not fields.get("weight", 1.0)
+        if path is None and (unused or sequence.through_latents):
             continue
         if path is None:
             raise DataError(

@@ -50,8 +50,10 @@ def loader(
             of parameters that may begin at random; unused: regexes of stored arrays that nobody
             needs; trained: embodiment slots of `run` that were trained, () for all; fresh_rows:
             (first, end) of the vocabulary that begin at random though the checkpoint has them, for
-            it was trained with them and never used them; deeper: the language tower may have more
-            layers than the checkpoint, which begin as identities.
+            it was trained with them and never used them; rows_like: (row, first, end) of the
+            vocabulary: those begin as `row` and their random values, and so attend as it does;
+            deeper: the language tower may have more layers than the checkpoint, which begin as
+            identities.
         first_new_row: of the vocabulary.
         say: told where every parameter comes from.
 
@@ -80,6 +82,9 @@ def loader(
             if key in _TABLES and init["fresh_rows"]:
                 fresh = jax.jit(_fresh_rows, static_argnums=(2, 3), out_shardings=ours.sharding)
                 filled[key] = fresh(filled[key], ours, *init["fresh_rows"])
+            if key in _TABLES and init["rows_like"]:
+                like = jax.jit(_rows_like, static_argnums=(2, 3, 4), out_shardings=ours.sharding)
+                filled[key] = like(filled[key], ours, *init["rows_like"])
         if jax.process_index() == 0:
             _report(named, stored, say)
         return jax.tree_util.tree_unflatten(tree, list(filled.values()))
@@ -202,6 +207,11 @@ def _fresh_rows(table, ours, first, end):
     """A table whose rows `first` .. `end` - 1 are those of another."""
     rows = jnp.arange(len(table))[:, None]
     return jnp.where((first <= rows) & (rows < end), ours, table)
+
+
+def _rows_like(table, ours, row, first, end):
+    """A table whose rows `first` .. `end` - 1 are its `row` and the values of another."""
+    return _fresh_rows(table, table[row][None] + ours, first, end)
 
 
 def _new_rows(table, known, rng):

@@ -56,7 +56,7 @@ def test_a_run_begins_with_what_was_published(run, tmp_path):
     target = tmp_path / "out"
     assert _publish(folder, target, "--only", "(?!expert/).*") == 0
     init = {"published": str(target), "fresh": ("expert/.*",), "unused": (), "trained": (),
-            "fresh_rows": (), "deeper": False}  # fmt: skip
+            "fresh_rows": (), "rows_like": (), "deeper": False}  # fmt: skip
     zeros = jax.tree.map(jnp.zeros_like, params)
     begun = start.loader(init, 10**6, lambda line: None)(zeros)
     for name in params:

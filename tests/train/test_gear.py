@@ -319,6 +319,11 @@ def test_robots_and_questions_share_a_stream_by_weight(world, tmp_path):
     for row, source in enumerate(batch["source"]):
         assert len(batch["questions"][row]) == (3 if source == 1 else 0)
         assert set(batch["segments"][row]) >= ({1, 2, 3} if source == 1 else {1})
+    config.data.sets.reach.update(weight=0.0, latents=None)  # for its statistics alone
+    stream = open_data(config, gear.sequence_config(config.model)).open_train(config, None)
+    batch = next(stream)
+    stream.close()
+    assert np.bincount(batch["source"]).tolist() == [0, 8]
 
 
 def _sha(state):

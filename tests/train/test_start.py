@@ -56,7 +56,7 @@ def _init(ported, **changes):
     names = ("qwen2_5_vl", "vggt")
     init = {name: str(ported / name) for name in names} | {"run": None, "trained": ()}
     fresh = ("state/.*", "projector/geometry_kernel", "expert/.*")
-    plain = {"unused": ("unused/.*",), "fresh_rows": (), "deeper": False}
+    plain = {"unused": ("unused/.*",), "fresh_rows": (), "rows_like": (), "deeper": False}
     return init | {"fresh": fresh} | plain | changes
 
 
@@ -93,6 +93,15 @@ def test_rows_that_a_vlm_had_and_never_used_begin_at_random_again(ported, params
         (slice(505, None), stored),
     ):  # fmt: skip
         np.testing.assert_array_equal(made[rows], wanted[rows])
+    assert made.sharding.is_equivalent_to(stored.sharding, 2)
+
+
+def test_rows_begin_as_another_and_their_random_values(ported, params):
+    stored = start.loader(_init(ported), 500)(params)["language"]["embed"]
+    made = start.loader(_init(ported, rows_like=(7, 490, 505)), 500)(params)["language"]["embed"]
+    ours, rows = params["language"]["embed"], np.r_[:490, 505 : len(made)]
+    np.testing.assert_array_equal(made[rows], stored[rows])
+    np.testing.assert_array_equal(made[490:505], stored[7][None] + ours[490:505])
     assert made.sharding.is_equivalent_to(stored.sharding, 2)
 
 
