@@ -4,16 +4,18 @@
     python -m launch.train --config configs/quickstart.py:policy --workdir runs/quickstart/policy
 
 Stages, each beginning where the one before ended: "vlm" (small 2D, 3D and language towers learn to
-point), "spatial" (and where things are from the hand; the result ships as configs/quickstart_vlm,
-in the place of the released Qwen2.5-VL and VGGT), "latents", "pretrain", "policy". Towers, losses
-and loop are those of the full size. A variant of gear_base.py may follow: `:policy,wo_latent`.
+point), "ways" (and to say where things are from the hand), "spatial" (and how it moves, all through
+latent tokens; an older such VLM ships as configs/quickstart_vlm, in the place of the released
+Qwen2.5-VL and VGGT), "latents", "pretrain", "policy". Towers, losses and loop are those of the full
+size. A variant of gear_base.py may follow: `:policy,wo_latent`.
 """
 
 import dataclasses
 
 from configs import gear_base, latents
+from gear_jax.tokenizers.small import NUM_FAST, small_tokenizer
 
-STAGES = ("vlm", "spatial", "latents", "pretrain", "policy")
+STAGES = ("vlm", "ways", "spatial", "latents", "pretrain", "policy")
 DEPTH = 5  # of language; stage "vlm" has the first three
 
 
@@ -47,7 +49,7 @@ class World:
 
 TABLETOP = World(
     "configs/quickstart.py", "runs/quickstart", "tabletop", "tabletop", "configs/quickstart_vlm",
-    questions=("points", "scenes", "ways"),
+    questions=("points", "scenes", "ways", "offsets"),
 )  # fmt: skip
 LIBERO = World(
     "configs/quickstart_libero.py", "runs/quickstart_libero", "libero_spatial_scripted", "libero",
@@ -67,8 +69,10 @@ def get_config(arg="policy", world=TABLETOP):
     stage = next((word for word in words if word in STAGES), None)
     if stage is None:
         raise ValueError(f"configs/quickstart.py: {arg!r}: expected one of {STAGES}")
-    if stage == "vlm" and not world.questions:
-        raise ValueError(f"{world.config}: stage 'vlm' learns from questions, and there are none")
+    if stage in ("vlm", "ways") and not world.questions:
+        raise ValueError(
+            f"{world.config}: stage {stage!r} learns from questions, and there are none"
+        )
     if stage == "latents":
         return _latents(world)
     _, variant, _ = gear_base.parse(
@@ -97,7 +101,7 @@ def get_config(arg="policy", world=TABLETOP):
 
 
 def _vlm(config, world):
-    """Pointing and descriptions alone; the 2D tower is trained here, and never again."""
+    """Pointing and descriptions alone."""
     config.stage = "pretrain"
     gear_base.optim(config, 2000, 1.5e-3, expert=False)
     config.optim.partitions = (("state/.*", None), (".*", "vlm"))
@@ -106,30 +110,54 @@ def _vlm(config, world):
     config.model.update(scrambled=0.0, through_latents=False)
     config.model.projector.geometry_std = 0.07  # 3D features have nothing to disturb yet
     config.data.sets = {}
-    if "ways" in world.questions:
-        config.data.pools.ways.weight = 0.0
+    for name in {"ways", "offsets"} & set(world.questions):
+        config.data.pools[name].weight = 0.0
     config.model.length = 248  # three questions a row
     config.data.update(hold_out=0.0, batch_size=16)
     config.monitor.every = 0
 
 
-def _spatial(config, world):
-    """Where things are from the hand, and how it moves; all behind latent tokens.
+def _ways(config, world):
+    """Where things are from the hand, of all blocks and of the named one, as plain text.
 
-    Nobody knows their codes yet: they are drawn at random, and what follows them is learned. The 2D
-    and 3D towers stay as they are, which saves a third of what a step costs.
+    A robot's layout for the first time, two views of one scene: all towers learn it, and never
+    again. The demonstrations are there for the statistics of the state alone.
     """
     sets = config.data.sets
     _vlm(config, world)
-    config.optim.update(num_steps=3000, lr=1e-3, schedule="cosine")
+    config.optim.update(num_steps=1000, schedule="cosine")
+    config.optim.partitions = ((".*", "vlm"),)
+    config.model.length = 172
+    config.model.language.depth = DEPTH
+    sets[world.name].latents = None
+    config.data.sets, config.data.batch_size = sets, 32
+    _ask(config, world, {"points": 0.15, "ways": 0.4, "offsets": 0.45})
+    config.init.update(run=f"{world.root}/vlm", fresh=(), deeper=True)
+
+
+def _spatial(config, world):
+    """The same, and how the hand moves; all behind latent tokens.
+
+    Nobody knows their codes yet: they are drawn at random, and what follows them is learned. They
+    begin as the bracket that opens a place, for that looks up the named block already. The 2D and
+    3D towers stay as they are, which saves a third of what a step costs.
+    """
+    sets = config.data.sets
+    _vlm(config, world)
+    config.optim.update(num_steps=900, lr=1e-3, schedule="cosine")
     config.optim.partitions = (("(vision|geometry)/.*", None), (".*", "vlm"))
     config.model.update(length=156, scrambled=0.5, through_latents=True, with_fast=True)
     config.model.train_vision = False
+    config.model.language.depth = DEPTH
     sets[world.name].latents = None
     config.data.sets, config.data.batch_size = sets, 32
     _ask(config, world, {"points": 0.05, "ways": 0.45})
-    config.model.language.depth = DEPTH
-    config.init.update(run=f"{world.root}/vlm", fresh=(), fresh_rows=(512, 1088), deeper=True)
+    tokenizer = small_tokenizer()
+    first, end = tokenizer.id("<la_0>"), tokenizer.id("<|la_start|>") + 1
+    config.init.update(
+        run=f"{world.root}/ways", fresh=(), fresh_rows=(first - NUM_FAST, first),
+        rows_like=(tokenizer.encode("block [")[-1], first, end),
+    )  # fmt: skip
 
 
 def _ask(config, world, shares):
@@ -137,7 +165,7 @@ def _ask(config, world, shares):
     asked = {name: shares.get(name, 0.0) for name in world.questions}
     for name, weight in asked.items():
         config.data.pools[name].weight = weight
-    config.data.sets[world.name].weight = 1 - sum(asked.values())
+    config.data.sets[world.name].weight = round(1 - sum(asked.values()), 6)
 
 
 def _pretrain(config, world):
@@ -165,7 +193,9 @@ def _policy(config, world):
     config.init.update(run=f"{world.root}/pretrain", fresh=("expert/.*",))
 
 
-_STAGES = {"vlm": _vlm, "spatial": _spatial, "pretrain": _pretrain, "policy": _policy}
+_STAGES = {
+    "vlm": _vlm, "ways": _ways, "spatial": _spatial, "pretrain": _pretrain, "policy": _policy,
+}  # fmt: skip
 
 _MODEL = {
     "tokenizer": "small", "image_size": 64, "length": 156, "real_tokens": 120,

@@ -24,8 +24,9 @@ def get_config(arg="policy"):
         config.monitor.update(every=500, batches=8)
         config.data.fast.path = f"{quickstart.LIBERO.root}/fast"  # of its own motions
         config.init.update(
-            run=None, published=quickstart.TABLETOP.vlm, fresh_rows=(512, 1024), deeper=False
-        )
+            run=None, published=quickstart.TABLETOP.vlm, fresh_rows=(512, 1024), rows_like=(),
+            deeper=False,
+        )  # fmt: skip
     if "policy" in stages:
         config.optim.num_steps = 1600
     return config

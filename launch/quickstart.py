@@ -149,7 +149,7 @@ def plan(one, *, from_scratch):
     if from_scratch:
         published = f"{root}/vlm_published"
         if world.questions:
-            steps["vlm"] = _train(one, "vlm")
+            steps |= {stage: _train(one, stage) for stage in ("vlm", "ways")}
         steps["spatial"] = _train(one, "spatial")
         steps["publish"] = publish(f"{root}/spatial", published)
     steps["latents"] = _train(one, "latents")

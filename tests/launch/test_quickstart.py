@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from configs import quickstart as configs
+from gear_jax.tokenizers.small import small_tokenizer
 from gear_jax.train.gear import make_model
 from gear_jax.train.start import loader
 from launch import quickstart
@@ -67,7 +68,7 @@ def test_a_trained_policy_is_always_asked_with_the_same_temperature():
 
 @pytest.mark.parametrize(
     ("world", "more"),
-    [("tabletop", {"vlm", "spatial", "publish"}), ("libero", {"spatial", "publish"})],
+    [("tabletop", {"vlm", "ways", "spatial", "publish"}), ("libero", {"spatial", "publish"})],
 )
 def test_from_scratch_trains_the_vlm_and_begins_with_it(world, more):
     one = quickstart.QUICKSTARTS[world]
@@ -126,6 +127,19 @@ def test_every_slow_pattern_names_a_parameter():
     assert "language/embed" not in slow
 
 
-def test_a_world_without_questions_has_no_stage_vlm():
-    with pytest.raises(ValueError, match="quickstart_libero.py: stage 'vlm' learns from questions"):
-        configs.get_config("vlm", configs.LIBERO)
+def test_latents_begin_as_the_token_that_opens_every_place():
+    config, tokenizer = configs.get_config("spatial"), small_tokenizer()
+    row, first, end = config.init.rows_like
+    for said in ("at [+03 -12 +00]", "red block [+03 -12 +00]", "red block [24, 47]"):
+        ids = tokenizer.encode(said)
+        assert ids[ids.index(row) + 1] in tokenizer.encode("+2")
+    codes, opening = tokenizer.id("<la_0>"), tokenizer.id("<|la_start|>")
+    assert (first, end) == (codes, opening + 1)
+    fast = tokenizer.id("<fast_0000>")
+    assert config.init.fresh_rows == (fast, codes)  # no mark of states and views among them
+
+
+@pytest.mark.parametrize("stage", ["vlm", "ways"])
+def test_a_world_without_questions_has_no_stage_of_questions(stage):
+    with pytest.raises(ValueError, match=f"quickstart_libero.py: stage '{stage}' learns from que"):
+        configs.get_config(stage, configs.LIBERO)

@@ -122,11 +122,14 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
     place: without such descriptions, a model from nothing does not learn which colour was asked for
     (docs/quickstart.md). ways: an instruction with both views and the state, and where its block is
     from the hand, in whole centimetres along its own axes; the head camera does not see every hand,
-    so without the state that could not be known. The hand is anywhere, at any height, so that the
-    model has seen what a policy will see.
+    so without the state that could not be known. offsets: the same of every block, each name before
+    its way, as in scenes. All places open with a bracket, behind a name and behind a question
+    alike, so that the bracket learns to look up what was named (docs/quickstart.md). The hand is
+    anywhere, at any height, so that the model has seen what a policy will see.
 
     Args:
-        folder: points.jsonl, scenes.jsonl, ways.jsonl and images/ appear in it; images first.
+        folder: points.jsonl, scenes.jsonl, ways.jsonl, offsets.jsonl and images/ appear in it;
+            images first.
         num_scenes: images.
         seed: of hands and scenes.
         progress: told the number of scenes done.
@@ -135,7 +138,7 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
     (folder / "images").mkdir(parents=True, exist_ok=True)
     simulator = TabletopSimulator()
     rng, order = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-    points, scenes, ways = [], [], []
+    points, scenes, ways, offsets = [], [], [], []
     for number in range(num_scenes):
         colour = list(COLOURS)[number % len(COLOURS)]
         simulator.place(colour, _FIRST_QUESTION + seed * num_scenes + number, rng)
@@ -144,7 +147,8 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
         state = write_state(shown.embodiment, shown.state)
         for file, view in zip(images, shown.images.values(), strict=True):
             cv2.imwrite(str(folder / file), view[..., ::-1])
-        name, seen = f"tabletop/{seed}/{number}", []
+        name, seen, reached = f"tabletop/{seed}/{number}", [], []
+        robot = {"images": images, "views": ["head", "right_wrist"], "state": state}
         for block, its in enumerate(simulator.scene.colours):
             place = np.clip(simulator.pixel(block), 0, simulator.image_size - 1)
             x, y = (round(float(value)) for value in place)
@@ -154,20 +158,26 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
             )  # fmt: skip
             seen.append(f"{its} block [{x}, {y}]")
             x, y, z = (round(100 * float(value)) for value in simulator.offset(block))
+            way = f"[{x:+03} {y:+03} {z:+03}]"
+            reached.append(f"{its} block {way}")
             told = PHRASES[order.integers(len(PHRASES))].format(its)
             ways.append(
-                {"id": f"{name}/{its}", "type": "understanding_qa",
-                 "question": told, "answer": f"{x:+03} {y:+03} {z:+03}", "images": images,
-                 "views": ["head", "right_wrist"], "state": state}
+                {"id": f"{name}/{its}", "type": "understanding_qa", "question": told,
+                 "answer": f"at {way}", **robot}
             )  # fmt: skip
-        answer = ", ".join(seen[block] for block in order.permutation(len(seen)))
+        shuffled = order.permutation(len(seen))
         scenes.append(
             {"id": name, "type": "understanding_qa", "question": "Where is what?",
-             "answer": answer, "images": images[:1]}
+             "answer": ", ".join(seen[block] for block in shuffled), "images": images[:1]}
+        )  # fmt: skip
+        offsets.append(
+            {"id": name, "type": "understanding_qa", "question": "What is where from the hand?",
+             "answer": ", ".join(reached[block] for block in shuffled), **robot}
         )  # fmt: skip
         progress(number + 1)
     simulator.close()
-    for name, records in (("ways", ways), ("scenes", scenes), ("points", points)):
+    pools = {"offsets": offsets, "ways": ways, "scenes": scenes, "points": points}
+    for name, records in pools.items():
         partial = folder / f".{name}.partial"
         partial.write_text("".join(json.dumps(record) + "\n" for record in records))
         partial.rename(folder / f"{name}.jsonl")

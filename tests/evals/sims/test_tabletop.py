@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 
+from configs.quickstart import TABLETOP
 from gear_jax import geometry
 from gear_jax.data.catalog import DatasetConfig, open_prepared
 from gear_jax.data.images import decode
@@ -259,9 +260,10 @@ def test_the_chunks_of_demonstrations_lift_the_block_again(prepared, simulator):
 
 def test_questions_are_records_that_the_pipeline_takes(tmp_path):
     tabletop_data.write_questions(tmp_path, 6)
-    pool, scenes, ways = (Pool(tmp_path / f"{name}.jsonl") for name in ("points", "scenes", "ways"))
-    assert (len(pool), len(scenes), len(ways)) == (18, 6, 18)
-    assert not [*pool.check(), *scenes.check(), *ways.check()]
+    pools = [Pool(tmp_path / f"{name}.jsonl") for name in TABLETOP.questions]
+    pool, scenes, ways, offsets = pools
+    assert list(map(len, pools)) == [18, 6, 18, 6]
+    assert not [fault for one in pools for fault in one.check()]
     records = [pool.record(number) for number in range(18)]
     points = np.array([record["points"][0] for record in records])
     assert ((points >= 0) & (points < 64)).all()
@@ -278,7 +280,13 @@ def test_questions_are_records_that_the_pipeline_takes(tmp_path):
         }
         for one in told:
             assert one["views"] == ["head", "right_wrist"]
-            assert re.fullmatch(r"[+-]\d\d [+-]\d\d [+-]\d\d", one["answer"])
+            assert re.fullmatch(r"at \[[+-]\d\d [+-]\d\d [+-]\d\d\]", one["answer"])
+        whole = offsets.record(number)
+        assert (whole["views"], whole["state"]) == (told[0]["views"], told[0]["state"])
+        colours = [one["id"].rsplit("/", 1)[1] for one in told]
+        pairs = zip(colours, told, strict=True)
+        said = {one["answer"].replace("at", f"{its} block") for its, one in pairs}
+        assert set(whole["answer"].split(", ")) == said
 
 
 def test_a_way_is_where_the_block_is_from_the_hand(tmp_path, simulator, monkeypatch):
@@ -286,7 +294,7 @@ def test_a_way_is_where_the_block_is_from_the_hand(tmp_path, simulator, monkeypa
     tabletop_data.write_questions(tmp_path, 1)
     ways = Pool(tmp_path / "ways.jsonl")
     said = [ways.record(block)["answer"] for block in range(3)]
-    assert said == ["+03 +00 +00", "+03 -12 +00", "+03 -25 +00"]
+    assert said == ["at [+03 +00 +00]", "at [+03 -12 +00]", "at [+03 -25 +00]"]
 
 
 def test_an_offset_is_seen_from_the_hand(simulator):
