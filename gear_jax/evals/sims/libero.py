@@ -74,8 +74,8 @@ class LiberoSimulator:
                 reflections and anti-aliasing, 2 to 4 times faster: not for reported numbers.
             seed: of the fixtures' places.
             servo: from target poses to actions, a key of `SERVOS`. "coupled" follows them four
-                times as closely (benchmarks/RESULTS.md), and no trained policy has been measured
-                with it yet.
+                times as closely (benchmarks/RESULTS.md); one trained policy did equally well with
+                both (docs/quickstart.md).
 
         Raises:
             ValueError: unknown suite or option.

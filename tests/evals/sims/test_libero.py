@@ -143,7 +143,10 @@ def test_what_is_wrong_is_one_sentence(simulator):
 
 
 def test_a_scripted_episode_succeeds_and_reads_back_as_it_was(simulator, tmp_path, capfd):
-    """One physics-only demonstration with one rendered step, through row `libero`."""
+    """One physics-only demonstration with one rendered step, through row `libero`.
+
+    Of the first initial state that succeeds: one in fifty fails, and the machine decides which.
+    """
     states, pictures = [], []
 
     def look():
@@ -152,8 +155,12 @@ def test_a_scripted_episode_succeeds_and_reads_back_as_it_was(simulator, tmp_pat
             pictures.append(simulator.observe().images)
         return Observation(pictures[0], simulator.instruction, "franka", states[-1])
 
-    made = episodes(simulator, [0], [0], encoding="png", look=look)
-    ((source, record),) = made
+    for init in range(4):
+        states.clear()
+        pictures.clear()
+        ((source, record),) = episodes(simulator, [0], [init], encoding="png", look=look)
+        if record is not None:
+            break
     assert record is not None
     assert capfd.readouterr().out == ""
     with RldsWriter(tmp_path, "one", columns(encoding="png")) as writer:
