@@ -43,6 +43,18 @@ class Restored:
     digest: str
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to the training loop to ask whether a preemption has been announced.
+
+    JAX takes the last step anybody asked about for the newest of this process. Orbax asks as well,
+    from the thread that finishes a save, about a step that the loop has passed: a notice that comes
+    just then is agreed on for a step that is over, and nobody stops.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class RunCheckpoints:
     """The checkpoints below one directory; one trainer writes, anybody may read."""
 
@@ -83,7 +95,7 @@ class RunCheckpoints:
             save_interval_steps=1,
         )
         handlers = {_STATE: ocp.StandardCheckpointHandler(), _META: ocp.JsonCheckpointHandler()}
-        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        return _Manager(self.directory, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Committed steps with digests, oldest first."""

@@ -164,6 +164,16 @@ def test_a_disk_that_cannot_be_written_ends_with_its_own_code(tmp_path, monkeypa
     assert error.value.code == exits.SAVE
 
 
+def test_the_loop_alone_asks_for_a_preemption_once_a_step(tmp_path, monkeypatch):
+    """Orbax's thread asks about older steps; JAX would then agree on one that is over."""
+    asked = []
+    monkeypatch.setattr(
+        loop.multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step)
+    )
+    _run(tmp_path, checkpoint_every=1)
+    assert asked == list(range(1, STEPS + 1))
+
+
 def test_loaded_parameters_begin_a_run_and_its_average_and_never_a_resumed_one(tmp_path):
     asked = []
 
