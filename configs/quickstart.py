@@ -5,7 +5,7 @@
 
 Stages, each beginning where the one before ended: "vlm" (small 2D, 3D and language towers learn to
 point), "ways" (and to say where things are from the hand), "spatial" (and how it moves, all through
-latent tokens; an older such VLM ships as configs/quickstart_vlm, in the place of the released
+latent tokens; such a VLM ships as configs/quickstart_vlm, in the place of the released
 Qwen2.5-VL and VGGT), "latents", "pretrain", "policy". Towers, losses and loop are those of the full
 size. A variant of gear_base.py may follow: `:policy,wo_latent`.
 """
@@ -120,8 +120,8 @@ def _vlm(config, world):
 def _ways(config, world):
     """Where things are from the hand, of all blocks and of the named one, as plain text.
 
-    A robot's layout for the first time, two views of one scene: all towers learn it, and never
-    again. The demonstrations are there for the statistics of the state alone.
+    A robot's layout for the first time, two views of one scene. The demonstrations are there for
+    the statistics of the state alone.
     """
     sets = config.data.sets
     _vlm(config, world)
@@ -139,18 +139,19 @@ def _spatial(config, world):
     """The same, and how the hand moves; all behind latent tokens.
 
     Nobody knows their codes yet: they are drawn at random, and what follows them is learned. They
-    begin as the bracket that opens a place, for that looks up the named block already. The 2D and
-    3D towers stay as they are, which saves a third of what a step costs.
+    begin as the bracket that opens a place, for that looks up the named block already. The towers
+    see a block in the hand for the first time, and are never trained again.
     """
     sets = config.data.sets
     _vlm(config, world)
-    config.optim.update(num_steps=900, lr=1e-3, schedule="cosine")
-    config.optim.partitions = (("(vision|geometry)/.*", None), (".*", "vlm"))
+    config.optim.update(num_steps=2200, lr=1e-3, schedule="cosine")
+    config.optim.partitions = ((".*", "vlm"),)
     config.model.update(length=156, scrambled=0.5, through_latents=True, with_fast=True)
-    config.model.train_vision = False
     config.model.language.depth = DEPTH
     sets[world.name].latents = None
-    config.data.sets, config.data.batch_size = sets, 32
+    config.data.sets = sets
+    config.data.update(batch_size=32, hold_out=0.05)
+    config.monitor.update(every=500, batches=8)
     _ask(config, world, {"points": 0.05, "ways": 0.45})
     tokenizer = small_tokenizer()
     first, end = tokenizer.id("<la_0>"), tokenizer.id("<|la_start|>") + 1

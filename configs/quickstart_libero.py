@@ -18,10 +18,7 @@ def get_config(arg="policy"):
         config.model.update(length=192, fast_length=54)  # a longer instruction; turns are said too
     stages = arg.split(",")
     if "spatial" in stages:
-        config.optim.update(num_steps=2200, partitions=((".*", "vlm"),))
-        config.model.train_vision = True
-        config.data.hold_out = 0.05
-        config.monitor.update(every=500, batches=8)
+        config.optim.num_steps = 2200
         config.data.fast.path = f"{quickstart.LIBERO.root}/fast"  # of its own motions
         config.init.update(
             run=None, published=quickstart.TABLETOP.vlm, fresh_rows=(512, 1024), rows_like=(),

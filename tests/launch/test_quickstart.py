@@ -101,6 +101,15 @@ def test_the_vlms_that_ship_are_small():
     assert sum(map(sum, sizes)) < 4 << 20
 
 
+@pytest.mark.parametrize("world", [configs.TABLETOP, configs.LIBERO])
+def test_no_stage_learns_from_a_recording_that_another_holds_out(world):
+    """A recording's name alone decides, so the share has to be the same."""
+    stages = ("spatial", "latents", "pretrain", "policy")
+    shares = {configs.get_config(stage, world).data.hold_out for stage in stages}
+    assert len(shares) == 1
+    assert min(shares) > 0
+
+
 @pytest.mark.parametrize("arg", ["", "walk", "policy,vlm2"])
 def test_a_stage_that_is_none_is_refused(arg):
     with pytest.raises(ValueError, match=r"configs/quickstart.py"):

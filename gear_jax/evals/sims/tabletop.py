@@ -165,12 +165,12 @@ class TabletopSimulator:
         self._rest = self._block_height()
 
     def place(self, colour: str, init: int, rng: np.random.Generator) -> None:
-        """A scene with the hand anywhere above it; nothing moves."""
+        """A scene with the hand anywhere above it, open or closed; nothing moves."""
         mujoco = _mujoco()
         self.scene = draw_scene(colour, init)
         self._build(rng)
         self._data.qpos[:4] = rng.uniform((-0.16, -0.16, 0.02, -0.4), (0.16, 0.16, 0.14, 0.4))
-        self._data.qpos[4:6] = rng.uniform(0.4, 1) * FINGER_OPEN
+        self._data.qpos[4:6] = rng.uniform(0, 1) * FINGER_OPEN
         mujoco.mj_forward(self._model, self._data)
 
     def observe(self) -> Observation:
@@ -179,7 +179,7 @@ class TabletopSimulator:
         state["ee_pose"][1] = self.pose()
         state["joint_pos"][1, :4] = self._data.qpos[:4]
         state["joint_mask"][1, :4] = True
-        state["grip_open"][1] = np.clip(self._data.qpos[4] / FINGER_OPEN, 0, 1)
+        state["grip_open"][1] = self.opening()
         for name in ("ee_mask", "grip_mask", "arm_mask"):
             state[name][1] = True
         return Observation(
@@ -212,6 +212,16 @@ class TabletopSimulator:
         """Whether the named block is off the table, and in the hand."""
         held = np.linalg.norm(self.block()[:3] - self._data.qpos[:3]) < 2 * BLOCK
         return bool(held and self._block_height() - self._rest > LIFTED)
+
+    def opening(self) -> float:
+        """Of the fingers, 0 .. 1."""
+        return float(np.clip(self._data.qpos[4] / FINGER_OPEN, 0, 1))
+
+    def holds(self) -> bool:
+        """Whether the fingers were closed, and the named block keeps them apart."""
+        apart = self._data.qpos[4] > BLOCK / 2
+        near = np.linalg.norm(self.block()[:3] - self._data.qpos[:3]) < BLOCK
+        return bool(self._data.ctrl[4] == 0 and apart and near)
 
     def pixel(self, block: int) -> np.ndarray:
         """Where a block's centre is in the head view, float64[2]: x right, y down, in pixels."""

@@ -23,9 +23,11 @@ from gear_jax.evals.sims.tabletop_expert import Pushes, TabletopExpert
 NUM_JOINTS = embodiment("tabletop_gantry").joints["right"]
 _AFTER = 16  # control steps recorded after success: up to the top, and hold on
 _PUSHED = 0.007  # of control steps a push begins at: a run is cut there
-_BEGINS = {"initial": 0.25, "anywhere": 0.5, "missed": 0.25}  # where a run with noise begins
+_BEGINS = {"initial": 0.15, "anywhere": 0.35, "missed": 0.15, "about": 0.2, "held": 0.15}
 _ANYWHERE = (-0.16, -0.16, 0.03), (0.16, 0.16, 0.12)  # metres: where the hand goes before
 _WANDERING = 30  # control steps, fewer than these
+_BESIDE = 0.01  # metres beside and above its middle, at most, that a block is held
+_TAKING, _RAISING = 12, 5  # control steps: of each move to it, and fewer than these up
 _FIRST_QUESTION = 1_000_000  # initial states from here on are asked about
 
 
@@ -99,19 +101,36 @@ def _demonstrate(simulator, task, init, noise, seed, encoding):
 
 
 def _wander(simulator, rng):
-    """What the expert finds: all as it was, the hand anywhere, or a grasp that missed.
+    """What the expert finds: all as it was, the hand anywhere, a grasp that missed, or one begun.
 
     None of it is recorded. "Anywhere" goes beyond the initial states of an evaluation and the head
-    view: a policy that never saw a hand come back from there goes on, away from the block.
+    view: a policy that never saw a hand come back from there goes on, away from the block. Half of
+    all runs begin with closed fingers that have to open. An expert is about a block and holds it by
+    its middle, at one height; a policy is not, and from where no run went on it would never close
+    ("about") or open again ("held").
     """
     begins = rng.choice(list(_BEGINS), p=list(_BEGINS.values()))
-    if begins == "initial":
-        return
-    aim, closed = rng.uniform(*_ANYWHERE), rng.choice([-1, 1])
-    if begins == "missed":
-        aim, closed = simulator.block()[:3] + rng.normal(0, 0.03, 3) * (1, 1, 0.3), 1
-    for _ in range(int(rng.integers(1, _WANDERING))):
-        way = np.clip(8 * (aim - simulator.pose()[:3, 3]), -0.6, 0.6)
+    block = simulator.block()[:3]
+    if begins in ("about", "held"):
+        low = -_BESIDE if begins == "about" else 0.0
+        aim = block + rng.uniform((-_BESIDE, -_BESIDE, low), _BESIDE)
+        _go(simulator, aim + (0, 0, 0.06), -1, _TAKING)
+        _go(simulator, aim, -1, _TAKING)
+        if begins == "held":
+            _go(simulator, aim, 1, _TAKING)
+            _go(simulator, aim + (0, 0, 0.1), 1, int(rng.integers(0, _RAISING)))
+    elif begins == "anywhere":
+        where = rng.uniform(*_ANYWHERE), rng.choice([-1, 1])
+        _go(simulator, *where, int(rng.integers(1, _WANDERING)))
+    elif begins == "missed":
+        beside = rng.normal(0, 0.03, 3) * (1, 1, 0.3)
+        _go(simulator, block + beside, 1, int(rng.integers(1, _WANDERING)))
+
+
+def _go(simulator, aim, closed, steps):
+    """Control steps straight towards a place."""
+    for _ in range(steps):
+        way = np.clip(40 * (aim - simulator.pose()[:3, 3]), -0.6, 0.6)
         simulator.act(np.append(way, (0, 0, 0, closed)))
 
 
@@ -120,12 +139,13 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
 
     points: where is the red block? scenes: where is what, in random order, each name before its
     place: without such descriptions, a model from nothing does not learn which colour was asked for
-    (docs/quickstart.md). ways: an instruction with both views and the state, and where its block is
-    from the hand, in whole centimetres along its own axes; the head camera does not see every hand,
-    so without the state that could not be known. offsets: the same of every block, each name before
-    its way, as in scenes. All places open with a bracket, behind a name and behind a question
-    alike, so that the bracket learns to look up what was named (docs/quickstart.md). The hand is
-    anywhere, at any height, so that the model has seen what a policy will see.
+    (docs/quickstart.md). ways: an instruction with both views and the state, where its block is
+    from the hand, in whole centimetres along its own axes, and how open the fingers are, in tenths;
+    the head camera does not see every hand, so without the state the place could not be known.
+    offsets: where every block is from the hand, each name before its way, as in scenes. All places
+    open with a bracket, behind a name and behind a question alike, so that the bracket learns to
+    look up what was named (docs/quickstart.md). The hand is anywhere, at any height, open or
+    closed, so that the model has seen what a policy will see.
 
     Args:
         folder: points.jsonl, scenes.jsonl, ways.jsonl, offsets.jsonl and images/ appear in it;
@@ -148,6 +168,7 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
         for file, view in zip(images, shown.images.values(), strict=True):
             cv2.imwrite(str(folder / file), view[..., ::-1])
         name, seen, reached = f"tabletop/{seed}/{number}", [], []
+        opening = round(10 * float(shown.state["grip_open"][1]))
         robot = {"images": images, "views": ["head", "right_wrist"], "state": state}
         for block, its in enumerate(simulator.scene.colours):
             place = np.clip(simulator.pixel(block), 0, simulator.image_size - 1)
@@ -163,7 +184,7 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
             told = PHRASES[order.integers(len(PHRASES))].format(its)
             ways.append(
                 {"id": f"{name}/{its}", "type": "understanding_qa", "question": told,
-                 "answer": f"at {way}", **robot}
+                 "answer": f"at {way} open {opening:02}", **robot}
             )  # fmt: skip
         shuffled = order.permutation(len(seen))
         scenes.append(

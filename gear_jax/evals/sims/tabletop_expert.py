@@ -23,9 +23,13 @@ class TabletopExpert:
     """One episode's worth of decisions; `act` is called once a control step."""
 
     def __init__(self, simulator):
-        """Begin above the block of the simulator's present episode."""
+        """Begin above the block of the simulator's present episode, or where its grasp stands."""
         self.simulator = simulator
-        self.phase, self.steps = 0, 0
+        pose, block = simulator.pose(), simulator.block()
+        beside = np.hypot(*(pose[:2, 3] - block[:2]))
+        about = beside < 0.015 and pose[2, 3] < 0.04 and simulator.opening() > 0.9
+        self.phase, self.steps = 3 if simulator.holds() else 1 if about else 0, 0
+        self._grasped = pose[:2, 3]
 
     def act(self) -> np.ndarray:
         """The next clean action, float32[7], of OscServo's kind."""
@@ -46,7 +50,7 @@ class TabletopExpert:
         self.steps += 1
         error = np.abs(target[:3, 3] - pose[:3, 3])
         if (
-            (self.phase == 0 and near < 0.008 and error[2] < 0.02)
+            (self.phase == 0 and near < 0.008 and pose[2, 3] < _OVER + 0.02)
             or (self.phase == 1 and error.max() < 0.006)
             or (self.phase == 2 and self.steps >= _REST_STEPS + _CLOSE_STEPS)
         ):

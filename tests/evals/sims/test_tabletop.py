@@ -204,6 +204,56 @@ def test_runs_with_noise_begin_beyond_an_evaluations_hands_on_every_side(monkeyp
     assert (wild.max(axis=0) > 0.1).all()
 
 
+def _begin(simulator, monkeypatch, begins, init):
+    monkeypatch.setattr(tabletop_data, "_BEGINS", {begins: 1.0})
+    simulator.reset("pick_blue", init)
+    assert not simulator.holds()
+    tabletop_data._wander(simulator, np.random.default_rng(init))
+
+
+def test_who_begins_with_a_block_in_the_hand_goes_up_with_it(monkeypatch, simulator):
+    """Beside its middle too; the fingers stay closed."""
+    beside = []
+    for init in range(1000, 1008):
+        _begin(simulator, monkeypatch, "held", init)
+        assert simulator.holds()
+        beside.append(simulator.offset(0)[:2])
+        expert = TabletopExpert(simulator)
+        for _ in range(15):
+            action = expert.act()
+            assert action[6] > 0
+            simulator.act(action)
+        assert simulator.solved()
+    assert np.abs(beside).max() > 0.005
+
+
+def test_who_begins_about_a_block_closes_without_going_up_first(monkeypatch, simulator):
+    """Higher and lower than the expert goes by itself."""
+    heights = []
+    for init in range(1000, 1008):
+        _begin(simulator, monkeypatch, "about", init)
+        heights.append(simulator.pose()[2, 3])
+        expert = TabletopExpert(simulator)
+        for _ in range(25):
+            action = expert.act()
+            if action[6] > 0:
+                break
+            simulator.act(action)
+            assert simulator.pose()[2, 3] < 0.035
+        assert action[6] > 0
+    assert min(heights) < 0.014
+    assert max(heights) > 0.022
+
+
+def test_an_expert_that_holds_nothing_opens_its_fingers(simulator):
+    simulator.reset("pick_blue", 0)
+    for _ in range(10):
+        simulator.act(np.array([0, 0, 0, 0, 0, 0, 1.0]))
+    assert simulator.observe().state["grip_open"][1] < 0.05
+    assert not simulator.holds()
+    assert TabletopExpert(simulator).act()[6] < 0
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tabletop")
@@ -280,12 +330,16 @@ def test_questions_are_records_that_the_pipeline_takes(tmp_path):
         }
         for one in told:
             assert one["views"] == ["head", "right_wrist"]
-            assert re.fullmatch(r"at \[[+-]\d\d [+-]\d\d [+-]\d\d\]", one["answer"])
+            opening = round(10 * one["state"]["arms"]["right"]["grip_open"])
+            way = r"at \[[+-]\d\d [+-]\d\d [+-]\d\d\]"
+            assert re.fullmatch(f"{way} open {opening:02}", one["answer"])
         whole = offsets.record(number)
         assert (whole["views"], whole["state"]) == (told[0]["views"], told[0]["state"])
         colours = [one["id"].rsplit("/", 1)[1] for one in told]
         pairs = zip(colours, told, strict=True)
-        said = {one["answer"].replace("at", f"{its} block") for its, one in pairs}
+        said = {
+            one["answer"].partition(" open")[0].replace("at", f"{its} block") for its, one in pairs
+        }
         assert set(whole["answer"].split(", ")) == said
 
 
@@ -293,8 +347,18 @@ def test_a_way_is_where_the_block_is_from_the_hand(tmp_path, simulator, monkeypa
     monkeypatch.setattr(TabletopSimulator, "offset", lambda self, block: (0.031, -0.124 * block, 0))
     tabletop_data.write_questions(tmp_path, 1)
     ways = Pool(tmp_path / "ways.jsonl")
-    said = [ways.record(block)["answer"] for block in range(3)]
+    said = [ways.record(block)["answer"].partition(" open")[0] for block in range(3)]
     assert said == ["at [+03 +00 +00]", "at [+03 -12 +00]", "at [+03 -25 +00]"]
+
+
+def test_hands_of_questions_are_open_and_closed_and_anything_between(tmp_path):
+    """One that is never closed teaches to look past the fingers."""
+    tabletop_data.write_questions(tmp_path, 40)
+    ways = Pool(tmp_path / "ways.jsonl")
+    said = [int(ways.record(3 * number)["answer"][-2:]) for number in range(40)]
+    assert min(said) <= 1
+    assert max(said) >= 9
+    assert len(set(said)) > 6
 
 
 def test_an_offset_is_seen_from_the_hand(simulator):
