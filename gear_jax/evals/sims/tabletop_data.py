@@ -23,6 +23,7 @@ from gear_jax.evals.sims.tabletop_expert import Pushes, TabletopExpert
 NUM_JOINTS = embodiment("tabletop_gantry").joints["right"]
 _AFTER = 16  # control steps recorded after success: up to the top, and hold on
 _PUSHED = 0.007  # of control steps a push begins at: a run is cut there
+# where a run with noise begins
 _BEGINS = {"initial": 0.15, "anywhere": 0.35, "missed": 0.15, "about": 0.2, "held": 0.15}
 _ANYWHERE = (-0.16, -0.16, 0.03), (0.16, 0.16, 0.12)  # metres: where the hand goes before
 _WANDERING = 30  # control steps, fewer than these
@@ -104,8 +105,8 @@ def _wander(simulator, rng):
     """What the expert finds: all as it was, the hand anywhere, a grasp that missed, or one begun.
 
     None of it is recorded. "Anywhere" goes beyond the initial states of an evaluation and the head
-    view: a policy that never saw a hand come back from there goes on, away from the block. Half of
-    all runs begin with closed fingers that have to open. An expert is about a block and holds it by
+    view: a policy that never saw a hand come back from there goes on, away from the block. A third
+    of all runs begin with closed fingers that have to open. An expert is about a block and holds it by
     its middle, at one height; a policy is not, and from where no run went on it would never close
     ("about") or open again ("held").
     """
