@@ -106,9 +106,9 @@ def _wander(simulator, rng):
 
     None of it is recorded. "Anywhere" goes beyond the initial states of an evaluation and the head
     view: a policy that never saw a hand come back from there goes on, away from the block. A third
-    of all runs begin with closed fingers that have to open. An expert is about a block and holds it by
-    its middle, at one height; a policy is not, and from where no run went on it would never close
-    ("about") or open again ("held").
+    of all runs begin with closed fingers that have to open. An expert is about a block and holds it
+    by its middle, at one height; a policy is not, and from where no run went on it would never
+    close ("about") or open again ("held").
     """
     begins = rng.choice(list(_BEGINS), p=list(_BEGINS.values()))
     block = simulator.block()[:3]
