@@ -141,8 +141,8 @@ def _timings(folder) -> list[str]:
 
 
 def _kept(folder, protocol) -> list[str]:
-    """Videos, and the chunks of the first of them."""
-    videos = sorted(folder.glob("videos/*/*.mp4"))
+    """Videos, failures first, and the chunks of the first of them."""
+    videos = sorted(folder.glob("videos/*/*.mp4"), key=lambda path: (not _failed(path), path))
     if not videos:
         return ['<p class="note">No videos were kept (--video failures).</p>']
     parts, budget = ["<h2>Episodes as the policy saw them</h2>"], _MOST_VIDEO
@@ -154,10 +154,11 @@ def _kept(folder, protocol) -> list[str]:
             parts.append(f'<p class="note">and more in {html.escape(str(folder))}/videos</p>')
             break
         name = html.escape(f"{path.parent.name}: {path.stem}")
+        look = "bad" if _failed(path) else "note"
         parts.append(
             f'<figure style="display:inline-block;margin:4px"><video controls loop height="160" '
             f'src="data:video/mp4;base64,{base64.b64encode(data).decode()}"></video>'
-            f'<figcaption class="note">{name}</figcaption></figure>'
+            f'<figcaption class="{look}">{name}</figcaption></figure>'
         )
     codes = []
     for number, path in enumerate(path for path in videos if path.with_suffix(".npz").exists()):
@@ -169,6 +170,10 @@ def _kept(folder, protocol) -> list[str]:
                 parts += [html_parts.figure(drawn, "chunks over the path that was gone")]
     ids = np.concatenate(codes) if codes else np.zeros(0, int)
     return parts + (_codes(ids) if ids.size else [])
+
+
+def _failed(video):
+    return video.stem.endswith("-failure")  # see evals/videos.py
 
 
 def _chunks_figure(kept, protocol):

@@ -21,10 +21,16 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 _WORDS = {
-    "named": "the trained policy",
-    "other": "the same, told another block (success is still the task's own)",
-    "untrained": "nothing trained",
-    "replay": "a demonstration replayed without looking",
+    "named": "trained policy",
+    "other": "told of another block",
+    "untrained": "untrained policy",
+    "replay": "replayed demonstration",
+}
+# What the words above leave open.
+_NOTES = {
+    "other": "Told of another block, the trained policy should fail: success is to take the block "
+    "of the task, not the one that the instruction names.",
+    "replay": "A replayed demonstration does not look: its own initial state was another.",
 }
 # What is drawn of each stage: keys of metrics.jsonl, and held-out ones beside them.
 _CURVES = {
@@ -56,6 +62,7 @@ def write(
         "<h2>Success</h2>",
         _success(found),
         html_parts.table({_WORDS[name]: _said(count) for name, count in found.items()}),
+        *(f'<p class="note">{_NOTES[name]}</p>' for name in found if name in _NOTES),
         "<h2>Episodes</h2>",
         *_films(run / "eval" / "named" / "videos"),
         "<h2>Training</h2>",
@@ -84,10 +91,11 @@ def _said(count):
 
 
 def _success(found):
-    names = list(found)[::-1]
-    rates = np.array([found[name]["rate"] for name in names])
-    ends = np.array([[found[name]["low"], found[name]["high"]] for name in names]).T
-    figure, axes = plt.subplots(figsize=(9, 2.4), layout="constrained")
+    counts = list(found.values())[::-1]
+    names = [_WORDS[name] for name in found][::-1]
+    rates = np.array([count["rate"] for count in counts])
+    ends = np.array([[count["low"], count["high"]] for count in counts]).T
+    figure, axes = plt.subplots(figsize=(11, 2.4), layout="constrained")
     axes.barh(names, rates, color="#9ecae1")
     axes.errorbar(rates, names, xerr=np.abs(ends - rates), fmt="none", ecolor="0.25", capsize=3)
     axes.set_xlim(0, 1)
@@ -97,7 +105,7 @@ def _success(found):
 
 def _curve(path, stage, keys):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 2.6), layout="constrained")
     for key in keys:
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         points = [(step, value) for step, value in points if value > 0]
@@ -105,14 +113,23 @@ def _curve(path, stage, keys):
             style = "o--" if key.startswith("held_out") else "-"
             axes.plot(*zip(*points, strict=True), style, markersize=3, label=key)
     axes.set_yscale("log")
-    axes.set_xlabel(f"step of {stage}")
-    axes.legend(fontsize=8)
+    for places in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        places(_number)
+    axes.tick_params(axis="y", which="both", labelsize=8)
+    axes.set(xlabel=f"step of {stage}", ylabel="loss")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.3)
     return html_parts.figure(figure, f"losses of {stage}")
 
 
+def _number(value, place):
+    """Label of a logarithmic axis: 0.03, 0.1, 2; nothing where labels would touch."""
+    del place
+    return f"{value:g}" if f"{value:.0e}"[0] in "1247" else ""
+
+
 def _cost(seconds):
-    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.27 * len(seconds)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 0.6 + 0.27 * len(seconds)), layout="constrained")
     names = list(seconds)[::-1]
     bars = axes.barh(names, [seconds[name] for name in names], color="#c7e9c0")
     axes.bar_label(bars, fmt="%.0f s", fontsize=8)
@@ -127,12 +144,16 @@ def _films(folder):
         tasks[path.stem.rsplit("-", 2)[0]].append(path)  # see evals/videos.py
     if not tasks:
         return ['<p class="note">No films were kept.</p>']
-    out = []
+    out = [
+        '<p class="note">What the policy saw, a frame for each query: the head camera and the '
+        "wrist camera, of the first initial states of every task.</p>"
+    ]
     for path in [path for films in tasks.values() for path in films[: max(1, 12 // len(tasks))]]:
         data = base64.b64encode(path.read_bytes()).decode()
+        look = "bad" if path.stem.endswith("failure") else "note"
         out.append(
-            f'<figure style="display:inline-block;margin:4px"><video width="200" controls loop '
-            f'muted src="data:video/mp4;base64,{data}"></video>'
-            f'<figcaption class="note">{path.stem}</figcaption></figure>'
+            f'<figure style="display:inline-block;margin:4px"><video width="275" autoplay loop '
+            f'muted playsinline src="data:video/mp4;base64,{data}"></video>'
+            f'<figcaption class="{look}">{path.stem}</figcaption></figure>'
         )
     return out

@@ -72,6 +72,14 @@ def test_counts_intervals_videos_codes_and_protocol_are_on_the_page(tmp_path):
     assert "<i>" not in text
 
 
+def test_failures_come_first_among_the_videos(tmp_path):
+    folder = evaluation(tmp_path, {"a": "1", "b": "0"}, videos=1)
+    (folder / "videos/s/a-0000-success.mp4").write_bytes(b"film")
+    text = page(folder)
+    assert text.index("s: b-0000-failure") < text.index("s: a-0000-success")
+    assert '<figcaption class="bad">s: b-0000-failure' in text
+
+
 def test_a_page_can_be_made_before_anything_succeeded_and_of_many_tasks(tmp_path):
     text = page(evaluation(tmp_path, {f"task {number}": "0" for number in range(61)}))
     assert "No episode succeeded." in text
