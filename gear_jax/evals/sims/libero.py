@@ -75,7 +75,7 @@ class LiberoSimulator:
             seed: of the fixtures' places.
             servo: from target poses to actions, a key of `SERVOS`. "coupled" follows them four
                 times as closely (benchmarks/RESULTS.md); one trained policy did equally well with
-                both (docs/quickstart.md).
+                both (docs/quickstart_findings.md).
 
         Raises:
             ValueError: unknown suite or option.

@@ -140,13 +140,13 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
 
     points: where is the red block? scenes: where is what, in random order, each name before its
     place: without such descriptions, a model from nothing does not learn which colour was asked for
-    (docs/quickstart.md). ways: an instruction with both views and the state, where its block is
-    from the hand, in whole centimetres along its own axes, and how open the fingers are, in tenths;
-    the head camera does not see every hand, so without the state the place could not be known.
-    offsets: where every block is from the hand, each name before its way, as in scenes. All places
-    open with a bracket, behind a name and behind a question alike, so that the bracket learns to
-    look up what was named (docs/quickstart.md). The hand is anywhere, at any height, open or
-    closed, so that the model has seen what a policy will see.
+    (docs/quickstart_findings.md). ways: an instruction with both views and the state, where its
+    block is from the hand, in whole centimetres along its own axes, and how open the fingers are,
+    in tenths; the head camera does not see every hand, so without the state the place could not be
+    known. offsets: where every block is from the hand, each name before its way, as in scenes. All
+    places open with a bracket, behind a name and behind a question alike, so that the bracket
+    learns to look up what was named (docs/quickstart_findings.md). The hand is anywhere, at any
+    height, open or closed, so that the model has seen what a policy will see.
 
     Args:
         folder: points.jsonl, scenes.jsonl, ways.jsonl, offsets.jsonl and images/ appear in it;
