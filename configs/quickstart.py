@@ -189,7 +189,7 @@ def _policy(config, world):
     config.optim.update(schedule="cosine", warmup_steps=100)
     config.optim.partitions = (("expert/.*", "expert"), (".*", None))
     config.model.language.depth = DEPTH
-    config.model.with_fast = False
+    config.model.update(with_fast=False, length=128)  # shorter without FAST tokens
     config.data.batch_size, config.data.pools = 16, {}
     config.init.update(run=f"{world.root}/pretrain", fresh=("expert/.*",))
 

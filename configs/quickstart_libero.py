@@ -26,4 +26,5 @@ def get_config(arg="policy"):
         )  # fmt: skip
     if "policy" in stages:
         config.optim.num_steps = 1600
+        config.model.length = 160
     return config
