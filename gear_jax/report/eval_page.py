@@ -4,7 +4,6 @@ Reads the folder that launch/eval.py writes, finished or not. Everything is insi
 Needs the extra `report`.
 """
 
-import base64
 import html
 import json
 import pathlib
@@ -142,24 +141,20 @@ def _timings(folder) -> list[str]:
 
 def _kept(folder, protocol) -> list[str]:
     """Videos, failures first, and the chunks of the first of them."""
-    videos = sorted(folder.glob("videos/*/*.mp4"), key=lambda path: (not _failed(path), path))
+    videos = sorted(
+        folder.glob("videos/*/*.mp4"), key=lambda path: (not html_parts.failed(path), path)
+    )
     if not videos:
         return ['<p class="note">No videos were kept (--video failures).</p>']
     parts, budget = ["<h2>Episodes as the policy saw them</h2>"], _MOST_VIDEO
     parts.append('<p class="note">One frame for each query, views side by side.</p>')
     for path in videos:
-        data = path.read_bytes()
-        budget -= len(data)
+        budget -= path.stat().st_size
         if budget < 0:
             parts.append(f'<p class="note">and more in {html.escape(str(folder))}/videos</p>')
             break
-        name = html.escape(f"{path.parent.name}: {path.stem}")
-        look = "bad" if _failed(path) else "note"
-        parts.append(
-            f'<figure style="display:inline-block;margin:4px"><video controls loop height="160" '
-            f'src="data:video/mp4;base64,{base64.b64encode(data).decode()}"></video>'
-            f'<figcaption class="{look}">{name}</figcaption></figure>'
-        )
+        words = f"{path.parent.name}: {path.stem}"
+        parts.append(html_parts.film(path, words, 'controls height="160"'))
     codes = []
     for number, path in enumerate(path for path in videos if path.with_suffix(".npz").exists()):
         with np.load(path.with_suffix(".npz")) as kept:
@@ -170,10 +165,6 @@ def _kept(folder, protocol) -> list[str]:
                 parts += [html_parts.figure(drawn, "chunks over the path that was gone")]
     ids = np.concatenate(codes) if codes else np.zeros(0, int)
     return parts + (_codes(ids) if ids.size else [])
-
-
-def _failed(video):
-    return video.stem.endswith("-failure")  # see evals/videos.py
 
 
 def _chunks_figure(kept, protocol):

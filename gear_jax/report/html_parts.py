@@ -54,6 +54,28 @@ def photo(picture: np.ndarray, size: tuple[int, int] = (320, 224)) -> str:
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
+def film(path: pathlib.Path, words: str, attributes: str) -> str:
+    """A film of `evals/videos.py`, inside the page; that of a failure has red words.
+
+    Args:
+        path: the mp4, named after its success.
+        words: below it.
+        attributes: of the video element: how it plays, its size.
+    """
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure style="display:inline-block;margin:4px"><video {attributes} loop '
+        f'src="data:video/mp4;base64,{data}"></video>'
+        f'<figcaption class="{"bad" if failed(path) else "note"}">{html.escape(words)}</figcaption>'
+        "</figure>"
+    )
+
+
+def failed(path: pathlib.Path) -> bool:
+    """Whether the episode of a film failed."""
+    return path.stem.endswith("-failure")
+
+
 def write(target: pathlib.Path, title: str, parts: Sequence[str]) -> None:
     """Write the page."""
     target.parent.mkdir(parents=True, exist_ok=True)

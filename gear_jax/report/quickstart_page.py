@@ -3,7 +3,6 @@
 Reads a folder as launch/quickstart.py leaves it. Needs matplotlib (extra `report`).
 """
 
-import base64
 import collections
 import html
 import json
@@ -144,16 +143,13 @@ def _films(folder):
         tasks[path.stem.rsplit("-", 2)[0]].append(path)  # see evals/videos.py
     if not tasks:
         return ['<p class="note">No films were kept.</p>']
-    out = [
-        '<p class="note">What the policy saw, a frame for each query: the head camera and the '
-        "wrist camera, of the first initial states of every task.</p>"
+    note = (
+        "What the policy saw, a frame for each query: the head camera and the wrist camera, of the "
+        "first initial states of every task."
+    )
+    shown = [path for films in tasks.values() for path in films[: max(1, 12 // len(tasks))]]
+    look = 'autoplay muted playsinline width="275"'
+    return [
+        f'<p class="note">{note}</p>',
+        *(html_parts.film(path, path.stem, look) for path in shown),
     ]
-    for path in [path for films in tasks.values() for path in films[: max(1, 12 // len(tasks))]]:
-        data = base64.b64encode(path.read_bytes()).decode()
-        look = "bad" if path.stem.endswith("failure") else "note"
-        out.append(
-            f'<figure style="display:inline-block;margin:4px"><video width="275" autoplay loop '
-            f'muted playsinline src="data:video/mp4;base64,{data}"></video>'
-            f'<figcaption class="{look}">{path.stem}</figcaption></figure>'
-        )
-    return out

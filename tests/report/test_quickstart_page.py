@@ -30,7 +30,9 @@ def test_the_report_shows_success_beside_its_floors_films_curves_and_costs(run):
     quickstart_page.write(folder, found, {"latents": 61.0, "policy": 300.5}, **WORDS)
     page = (folder / "report.html").read_text()
     assert page.count("8 of 10 = 80 % (95 %: 49 .. 94)") == 4
-    assert "pick_red-0003-failure" in page
+    assert '<figcaption class="bad">pick_red-0003-failure' in page
+    assert "told of another block</th>" in page
+    assert page.count("the trained policy should fail") == 1
     assert "data:video/mp4;base64,ZmlsbQ==" in page
     assert page.count("data:image/png;base64,") == 5  # success, three curves, costs
     assert "of boxes &amp; belongs in no table" in page
@@ -43,6 +45,7 @@ def test_a_run_without_films_says_so(run):
     for path in (folder / "eval/named/videos").rglob("*.mp4"):
         path.unlink()
     quickstart_page.write(folder, {"named": COUNT}, {"policy": 1.0}, **WORDS)
+    assert "should fail" not in (folder / "report.html").read_text()
     assert "No films were kept." in (folder / "report.html").read_text()
 
 
@@ -57,3 +60,4 @@ def test_films_are_of_every_task_and_not_of_the_quickest_alone(run):
     assert page.count("data:video/mp4") == 12
     assert page.count("pick_blue-") == page.count("pick_red-") == 6
     assert "pick_blue-0005-failure" in page
+    assert '<figcaption class="note">pick_blue-0000-success' in page
