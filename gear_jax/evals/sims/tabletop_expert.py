@@ -11,6 +11,7 @@ from gear_jax.evals.sims.tabletop import looking_down
 
 _OVER, _LIFT = 0.07, 0.12  # metres above the table, of the finger tips
 _GRASP = 0.018
+_CLOSE_ENOUGH = 0.012  # metres beside the block's middle: closing fingers do the rest
 _REST_STEPS = 4  # at the bottom, so that a policy that closes a little early is there already
 _CLOSE_STEPS = 6
 _GAIN = 6.0
@@ -48,10 +49,9 @@ class TabletopExpert:
         closes = self.phase == 3 or (self.phase == 2 and self.steps >= _REST_STEPS)
         action[6] = 1.0 if closes else -1.0
         self.steps += 1
-        error = np.abs(target[:3, 3] - pose[:3, 3])
         if (
             (self.phase == 0 and near < 0.008 and pose[2, 3] < _OVER + 0.02)
-            or (self.phase == 1 and error.max() < 0.006)
+            or (self.phase == 1 and near < _CLOSE_ENOUGH and pose[2, 3] < height + 0.006)
             or (self.phase == 2 and self.steps >= _REST_STEPS + _CLOSE_STEPS)
         ):
             self.phase, self.steps = self.phase + 1, 0
