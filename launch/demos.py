@@ -109,10 +109,10 @@ def _questions(argv):
     args = parser.parse_args(argv)
     if args.scenes < 1 or args.seed < 0:
         raise ValueError(f"--scenes {args.scenes}, --seed {args.seed}: expected 1 and 0 or more")
-    from gear_jax.evals.sims.tabletop_data import write_questions
+    from gear_jax.evals.sims.tabletop_data import num_images, write_questions
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("scenes", total=args.scenes)
+        bar = progress.add_task("scenes", total=num_images(args.scenes))
         write_questions(
             args.target, args.scenes, seed=args.seed, progress=lambda done: progress.advance(bar)
         )

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from configs.quickstart import LIBERO, TABLETOP, World
+from configs.quickstart import LIBERO, QUESTION_STAGES, TABLETOP, World
 
 NUM_SCENES = 2000  # that questions are asked about
 NUM_SCENES_FROM_SCRATCH = 8000
@@ -150,7 +150,7 @@ def plan(one, *, from_scratch):
     if from_scratch:
         published = f"{root}/vlm_published"
         if world.questions:
-            steps |= {stage: _train(one, stage) for stage in ("vlm", "ways")}
+            steps |= {stage: _train(one, stage) for stage in QUESTION_STAGES}
         steps["spatial"] = _train(one, "spatial")
         steps["publish"] = publish(f"{root}/spatial", published)
     steps["latents"] = _train(one, "latents")

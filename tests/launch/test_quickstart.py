@@ -68,7 +68,10 @@ def test_a_trained_policy_is_always_asked_with_the_same_temperature():
 
 @pytest.mark.parametrize(
     ("world", "more"),
-    [("tabletop", {"vlm", "ways", "spatial", "publish"}), ("libero", {"spatial", "publish"})],
+    [
+        ("tabletop", {*configs.QUESTION_STAGES, "spatial", "publish"}),
+        ("libero", {"spatial", "publish"}),
+    ],
 )
 def test_from_scratch_trains_the_vlm_and_begins_with_it(world, more):
     one = quickstart.QUICKSTARTS[world]
@@ -78,6 +81,20 @@ def test_from_scratch_trains_the_vlm_and_begins_with_it(world, more):
     target = whole["publish"][whole["publish"].index("--target") + 1]
     assert f"--config.init.published={target}" in whole["pretrain"]
     assert f"--config.data.fast.path={target}/fast" in whole["pretrain"]
+
+
+def test_a_vlm_from_nothing_begins_where_the_stage_before_ended():
+    stages = (*configs.QUESTION_STAGES, "spatial")
+    begun = [configs.get_config(stage).init.run for stage in stages]
+    assert begun == [None, *(f"{configs.TABLETOP.root}/{stage}" for stage in stages[:-1])]
+
+
+def test_names_are_learned_of_few_blocks_first():
+    asked = [
+        {name for name, pool in configs.get_config(stage).data.pools.items() if pool.weight}
+        for stage in configs.QUESTION_STAGES[:3]
+    ]
+    assert asked == [{"single"}, {"pairs"}, {"points", "scenes", "names"}]
 
 
 @pytest.mark.parametrize("variant", ["full", "wo_latent", "wo_fast", "lapa", "wo_vggt"])
@@ -148,7 +165,7 @@ def test_latents_begin_as_the_token_that_opens_every_place():
     assert config.init.fresh_rows == (fast, codes)  # no mark of states and views among them
 
 
-@pytest.mark.parametrize("stage", ["vlm", "ways"])
+@pytest.mark.parametrize("stage", configs.QUESTION_STAGES)
 def test_a_world_without_questions_has_no_stage_of_questions(stage):
     with pytest.raises(ValueError, match=f"quickstart_libero.py: stage '{stage}' learns from que"):
         configs.get_config(stage, configs.LIBERO)

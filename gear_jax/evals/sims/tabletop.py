@@ -164,10 +164,10 @@ class TabletopSimulator:
             self._advance(np.zeros(7))
         self._rest = self._block_height()
 
-    def place(self, colour: str, init: int, rng: np.random.Generator) -> None:
+    def place(self, colour: str, init: int, rng: np.random.Generator, num_blocks: int = 3) -> None:
         """A scene with the hand anywhere above it, open or closed; nothing moves."""
         mujoco = _mujoco()
-        self.scene = draw_scene(colour, init)
+        self.scene = draw_scene(colour, init, num_blocks)
         self._build(rng)
         self._data.qpos[:4] = rng.uniform((-0.16, -0.16, 0.02, -0.4), (0.16, 0.16, 0.14, 0.4))
         self._data.qpos[4:6] = rng.uniform(0, 1) * FINGER_OPEN

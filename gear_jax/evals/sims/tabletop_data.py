@@ -30,6 +30,10 @@ _WANDERING = 30  # control steps, fewer than these
 _BESIDE = 0.01  # metres beside and above its middle, at most, that a block is held
 _TAKING, _RAISING = 12, 5  # control steps: of each move to it, and fewer than these up
 _FIRST_QUESTION = 1_000_000  # initial states from here on are asked about
+_DESCRIPTIONS = (  # id, question, how a block is said
+    ("long", "Where is what?", "{} block [{}, {}]"),
+    ("short", "Where is what, in short?", "a {}{}, {}"),
+)
 
 
 def demonstrations(
@@ -135,71 +139,110 @@ def _go(simulator, aim, closed, steps):
         simulator.act(np.append(way, (0, 0, 0, closed)))
 
 
+def num_images(num_scenes: int) -> int:
+    """Scenes that `write_questions` draws for so many with three blocks."""
+    return num_scenes + num_scenes // 2
+
+
 def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda done: None) -> None:
     """Records (docs/vision_language.md) of random scenes, about their places.
 
     points: where is the red block? scenes: where is what, in random order, each name before its
-    place: without such descriptions, a model from nothing does not learn which colour was asked for
-    (docs/quickstart_findings.md). ways: an instruction with both views and the state, where its
+    place: without such descriptions, a model from nothing does not learn which colour was asked
+    for. names: the same in short, `a red24, 47`: there the name itself is the token that says the
+    place. single: points and descriptions of other scenes, with one block. pairs: descriptions of
+    both kinds of scenes with two. ways: an instruction with both views and the state, where its
     block is from the hand, in whole centimetres along its own axes, and how open the fingers are,
     in tenths; the head camera does not see every hand, so without the state the place could not be
-    known. offsets: where every block is from the hand, each name before its way, as in scenes. All
-    places open with a bracket, behind a name and behind a question alike, so that the bracket
-    learns to look up what was named (docs/quickstart_findings.md). The hand is anywhere, at any
-    height, open or closed, so that the model has seen what a policy will see.
+    known. offsets: where every block is from the hand, each name before its way, as in scenes.
+    But for what is said in short, all places open with a bracket, behind a name and behind a
+    question alike, so that the bracket learns to look up what was named. The hand is anywhere, at
+    any height, open or closed, so that the model has seen what a policy will see. Why each of
+    them: docs/quickstart_findings.md.
 
     Args:
-        folder: points.jsonl, scenes.jsonl, ways.jsonl, offsets.jsonl and images/ appear in it;
-            images first.
-        num_scenes: images.
+        folder: <kind>.jsonl of each kind and images/ appear in it; images first.
+        num_scenes: scenes with three blocks.
         seed: of hands and scenes.
-        progress: told the number of scenes done.
+        progress: told the number of scenes done, of `num_images(num_scenes)`.
     """
-    folder = pathlib.Path(folder)
+    folder, total = pathlib.Path(folder), num_images(num_scenes)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     simulator = TabletopSimulator()
     rng, order = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-    points, scenes, ways, offsets = [], [], [], []
-    for number in range(num_scenes):
+    pools = {
+        kind: [] for kind in ("single", "pairs", "offsets", "ways", "names", "scenes", "points")
+    }
+    for number in range(total):
+        whole = number < num_scenes
         colour = list(COLOURS)[number % len(COLOURS)]
-        simulator.place(colour, _FIRST_QUESTION + seed * num_scenes + number, rng)
-        images = [f"images/{number:06d}.png", f"images/{number:06d}_wrist.png"]
+        num_blocks = 3 if whole else 1 + number // len(COLOURS) % 2
+        simulator.place(colour, _FIRST_QUESTION + seed * total + number, rng, num_blocks)
+        name, head = f"tabletop/{seed}/{number}", f"images/{number:06d}.png"
         shown = simulator.observe()
-        state = write_state(shown.embodiment, shown.state)
-        for file, view in zip(images, shown.images.values(), strict=True):
-            cv2.imwrite(str(folder / file), view[..., ::-1])
-        name, seen, reached = f"tabletop/{seed}/{number}", [], []
-        opening = round(10 * float(shown.state["grip_open"][1]))
-        robot = {"images": images, "views": ["head", "right_wrist"], "state": state}
-        for block, its in enumerate(simulator.scene.colours):
-            place = np.clip(simulator.pixel(block), 0, simulator.image_size - 1)
-            x, y = (round(float(value)) for value in place)
-            points.append(
-                {"id": f"{name}/{its}", "type": "object_point", "label": f"{its} block",
-                 "points": [[x, y]], "images": images[:1]}
-            )  # fmt: skip
-            seen.append(f"{its} block [{x}, {y}]")
-            x, y, z = (round(100 * float(value)) for value in simulator.offset(block))
-            way = f"[{x:+03} {y:+03} {z:+03}]"
-            reached.append(f"{its} block {way}")
-            told = PHRASES[order.integers(len(PHRASES))].format(its)
-            ways.append(
-                {"id": f"{name}/{its}", "type": "understanding_qa", "question": told,
-                 "answer": f"at {way} open {opening:02}", **robot}
-            )  # fmt: skip
-        shuffled = order.permutation(len(seen))
-        scenes.append(
-            {"id": name, "type": "understanding_qa", "question": "Where is what?",
-             "answer": ", ".join(seen[block] for block in shuffled), "images": images[:1]}
+        _write_image(folder / head, shown.images["head"])
+        pixels = [_pixel(simulator, block) for block in range(num_blocks)]
+        colours = simulator.scene.colours
+        shuffled = order.permutation(num_blocks)
+        long, short = (
+            {"id": f"{name}/{kind}", "type": "understanding_qa", "question": question,
+             "answer": ", ".join(form.format(colours[block], *pixels[block]) for block in shuffled),
+             "images": [head]}
+            for kind, question, form in _DESCRIPTIONS
         )  # fmt: skip
-        offsets.append(
-            {"id": name, "type": "understanding_qa", "question": "What is where from the hand?",
-             "answer": ", ".join(reached[block] for block in shuffled), **robot}
-        )  # fmt: skip
+        points = [
+            {"id": f"{name}/{its}", "type": "object_point", "label": f"{its} block",
+             "points": [pixel], "images": [head]}
+            for its, pixel in zip(colours, pixels, strict=True)
+        ]  # fmt: skip
+        if whole:
+            pools["scenes"].append(long)
+            pools["names"].append(short)
+            pools["points"] += points
+            wrist = f"images/{number:06d}_wrist.png"
+            _write_image(folder / wrist, shown.images["right_wrist"])
+            ways, offsets = _from_the_hand(simulator, shown, name, [head, wrist], shuffled, order)
+            pools["ways"] += ways
+            pools["offsets"].append(offsets)
+        elif num_blocks == 1:
+            pools["single"] += [long, *points]
+        else:
+            pools["pairs"] += [long, short]
         progress(number + 1)
     simulator.close()
-    pools = {"offsets": offsets, "ways": ways, "scenes": scenes, "points": points}
-    for name, records in pools.items():
-        partial = folder / f".{name}.partial"
+    for kind, records in pools.items():
+        partial = folder / f".{kind}.partial"
         partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-        partial.rename(folder / f"{name}.jsonl")
+        partial.rename(folder / f"{kind}.jsonl")
+
+
+def _write_image(path, view):
+    cv2.imwrite(str(path), view[..., ::-1])
+
+
+def _pixel(simulator, block):
+    """Whole pixels of a block's centre in the head view: [x, y]."""
+    place = np.clip(simulator.pixel(block), 0, simulator.image_size - 1)
+    return [round(float(value)) for value in place]
+
+
+def _from_the_hand(simulator, shown, name, images, shuffled, order):
+    """ways, one for each block, and the scene's offsets; `order` draws the wordings."""
+    state = write_state(shown.embodiment, shown.state)
+    opening = round(10 * float(shown.state["grip_open"][1]))
+    robot = {"images": images, "views": ["head", "right_wrist"], "state": state}
+    ways, reached = [], []
+    for block, its in enumerate(simulator.scene.colours):
+        x, y, z = (round(100 * float(value)) for value in simulator.offset(block))
+        way = f"[{x:+03} {y:+03} {z:+03}]"
+        reached.append(f"{its} block {way}")
+        told = PHRASES[order.integers(len(PHRASES))].format(its)
+        ways.append(
+            {"id": f"{name}/{its}", "type": "understanding_qa", "question": told,
+             "answer": f"at {way} open {opening:02}", **robot}
+        )  # fmt: skip
+    offsets = {
+        "id": name, "type": "understanding_qa", "question": "What is where from the hand?",
+        "answer": ", ".join(reached[block] for block in shuffled), **robot,
+    }  # fmt: skip
+    return ways, offsets

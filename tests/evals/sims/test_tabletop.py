@@ -1,5 +1,7 @@
+import collections
 import re
 
+import cv2
 import numpy as np
 import pytest
 
@@ -329,8 +331,8 @@ def test_the_chunks_of_demonstrations_lift_the_block_again(prepared, simulator):
 def test_questions_are_records_that_the_pipeline_takes(tmp_path):
     tabletop_data.write_questions(tmp_path, 6)
     pools = [Pool(tmp_path / f"{name}.jsonl") for name in TABLETOP.questions]
-    pool, scenes, ways, offsets = pools
-    assert list(map(len, pools)) == [18, 6, 18, 6]
+    pool, scenes, names, _, _, ways, offsets = pools
+    assert list(map(len, pools)) == [18, 6, 6, 2, 4, 18, 6]
     assert not [fault for one in pools for fault in one.check()]
     records = [pool.record(number) for number in range(18)]
     points = np.array([record["points"][0] for record in records])
@@ -341,6 +343,9 @@ def test_questions_are_records_that_the_pipeline_takes(tmp_path):
         said = {f"{one['label']} {one['points'][0]}" for one in three}
         assert set(re.findall(r"\w+ block \[\d+, \d+\]", scenes.record(number)["answer"])) == said
         assert {one["images"][0] for one in three} == {scenes.record(number)["images"][0]}
+        short = names.record(number)["answer"].removeprefix("a ").replace(", a ", ", ")
+        assert short == re.sub(r" block \[(\d+, \d+)\]", r"\1", scenes.record(number)["answer"])
+        assert names.record(number)["images"] == scenes.record(number)["images"]
         told = [ways.record(3 * number + block) for block in range(3)]
         assert {one["images"][0] for one in told} == {three[0]["images"][0]}
         assert {one["label"].split()[0] for one in three} == {
@@ -359,6 +364,31 @@ def test_questions_are_records_that_the_pipeline_takes(tmp_path):
             one["answer"].partition(" open")[0].replace("at", f"{its} block") for its, one in pairs
         }
         assert set(whole["answer"].split(", ")) == said
+
+
+def test_scenes_with_fewer_blocks_show_what_is_said_of_them(tmp_path):
+    tabletop_data.write_questions(tmp_path, 64)
+    single, pairs = (Pool(tmp_path / f"{name}.jsonl") for name in ("single", "pairs"))
+    assert len(single) == len(pairs) == 32
+    said, right = collections.Counter(), []
+    for number in range(0, 32, 2):
+        one, point = single.record(number), single.record(number + 1)
+        long, short = pairs.record(number), pairs.record(number + 1)
+        assert one["answer"] == f"{point['label']} {point['points'][0]}"
+        assert one["images"] == point["images"]
+        assert long["images"] == short["images"]
+        blocks = re.findall(r"(\w+) block \[(\d+), (\d+)\]", long["answer"])
+        assert re.findall(r"a ([a-z]+)(\d+), (\d+)", short["answer"]) == blocks
+        said.update((2, colour) for colour, _, _ in blocks)
+        said[1, point["label"].split()[0]] += 1
+        shown = cv2.imread(str(tmp_path / long["images"][0]))[..., ::-1] / 255.0
+        for colour, x, y in blocks:  # what is said is what stands there, if no hand hides it
+            apart = {
+                other: np.linalg.norm(shown[int(y), int(x)] - COLOURS[other]) for other in COLOURS
+            }
+            right.append(min(apart, key=apart.get) == colour)
+    assert set(said) == {(count, colour) for count in (1, 2) for colour in COLOURS}
+    assert np.mean(right) > 0.8
 
 
 def test_a_way_is_where_the_block_is_from_the_hand(tmp_path, simulator, monkeypatch):
