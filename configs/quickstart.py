@@ -105,8 +105,8 @@ def get_config(arg="policy", world=TABLETOP):
 def _single(config, world):
     """Pointing and descriptions, of scenes with one block: what there is, and where.
 
-    With three blocks from the start, places are learned of all alike, while their colours fade from
-    what the towers tell; and names are not found any more (docs/quickstart_findings.md).
+    With three blocks from the start, one of two runs learned the places of all alike, while their
+    colours faded from what the towers tell, and never which was named (docs/quickstart_findings.md).
     """
     config.stage = "pretrain"
     gear_base.optim(config, 300, 1.5e-3, expert=False)
