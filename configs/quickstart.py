@@ -106,7 +106,8 @@ def _single(config, world):
     """Pointing and descriptions, of scenes with one block: what there is, and where.
 
     With three blocks from the start, one of two runs learned the places of all alike, while their
-    colours faded from what the towers tell, and never which was named (docs/quickstart_findings.md).
+    colours faded from what the towers tell, and never which was named: see
+    docs/quickstart_findings.md.
     """
     config.stage = "pretrain"
     gear_base.optim(config, 300, 1.5e-3, expert=False)
