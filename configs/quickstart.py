@@ -4,11 +4,11 @@
     python -m launch.train --config configs/quickstart.py:policy --workdir runs/quickstart/policy
 
 Stages, each beginning where the one before ended: "single", "pairs", "vlm" (small 2D, 3D and
-language towers learn to point, among one, two, three blocks), "ways" (and to say where things are
-from the hand), "spatial" (and how it moves, all through latent tokens; such a VLM ships as
-configs/quickstart_vlm, in the place of the released Qwen2.5-VL and VGGT), "latents", "pretrain",
-"policy". Towers, losses and loop are those of the full size. A variant of gear_base.py may follow:
-`:policy,wo_latent`.
+language towers learn to point, among one, two, three blocks), "single_ways", "ways" (and to say
+where things are from the hand: one block, three), "spatial" (and how it moves, all through latent
+tokens; such a VLM ships as configs/quickstart_vlm, in the place of the released Qwen2.5-VL and
+VGGT), "latents", "pretrain", "policy". Towers, losses and loop are those of the full size. A
+variant of gear_base.py may follow: `:policy,wo_latent`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import dataclasses
 from configs import gear_base, latents
 from gear_jax.tokenizers.small import NUM_FAST, small_tokenizer
 
-QUESTION_STAGES = ("single", "pairs", "vlm", "ways")  # learn from questions alone
+QUESTION_STAGES = ("single", "pairs", "vlm", "single_ways", "ways")  # learn from questions alone
 STAGES = (*QUESTION_STAGES, "spatial", "latents", "pretrain", "policy")
 DEPTH = 5  # of language; up to stage "vlm" it has the first three
 
@@ -51,7 +51,7 @@ class World:
 
 TABLETOP = World(
     "configs/quickstart.py", "runs/quickstart", "tabletop", "tabletop", "configs/quickstart_vlm",
-    questions=("points", "scenes", "names", "single", "pairs", "ways", "offsets"),
+    questions=("points", "scenes", "names", "single", "pairs", "single_ways", "ways", "offsets"),
 )  # fmt: skip
 LIBERO = World(
     "configs/quickstart_libero.py", "runs/quickstart_libero", "libero_spatial_scripted", "libero",
@@ -145,22 +145,30 @@ def _weigh(config, shares):
         pool.weight = shares.get(name, 0.0)
 
 
-def _ways(config, world):
-    """Where things are from the hand, of all blocks and of the named one, as plain text.
+def _single_ways(config, world):
+    """Where a block is from the hand, where there is no other; descriptions go on beside it.
 
     A robot's layout for the first time, two views of one scene. The demonstrations are there for
     the statistics of the state alone.
     """
     sets = config.data.sets
     _vlm(config, world)
-    config.optim.update(num_steps=1000, warmup_steps=100, schedule="cosine")
+    config.optim.update(num_steps=500, warmup_steps=100)
     config.optim.partitions = ((".*", "vlm"),)
     config.model.length = 172
     config.model.language.depth = DEPTH
     sets[world.name].latents = None
     config.data.sets, config.data.batch_size = sets, 32
-    _ask(config, world, {"points": 0.15, "ways": 0.4, "offsets": 0.45})
+    _ask(config, world, {"scenes": 0.1, "names": 0.1, "single_ways": 0.8})
     config.init.update(run=f"{world.root}/vlm", fresh=(), deeper=True)
+
+
+def _ways(config, world):
+    """Where things are from the hand, of all three blocks and of the named one, as plain text."""
+    _single_ways(config, world)
+    config.optim.update(num_steps=1400, schedule="cosine")
+    _ask(config, world, {"points": 0.1, "scenes": 0.1, "ways": 0.35, "offsets": 0.45})
+    config.init.update(run=f"{world.root}/single_ways", deeper=False)
 
 
 def _spatial(config, world):
@@ -222,8 +230,8 @@ def _policy(config, world):
 
 
 _STAGES = {
-    "single": _single, "pairs": _pairs, "vlm": _vlm, "ways": _ways, "spatial": _spatial,
-    "pretrain": _pretrain, "policy": _policy,
+    "single": _single, "pairs": _pairs, "vlm": _vlm, "single_ways": _single_ways, "ways": _ways,
+    "spatial": _spatial, "pretrain": _pretrain, "policy": _policy,
 }  # fmt: skip
 
 _MODEL = {

@@ -89,12 +89,18 @@ def test_a_vlm_from_nothing_begins_where_the_stage_before_ended():
     assert begun == [None, *(f"{configs.TABLETOP.root}/{stage}" for stage in stages[:-1])]
 
 
-def test_names_are_learned_of_few_blocks_first():
+def test_names_and_ways_are_learned_of_few_blocks_first():
     asked = [
         {name for name, pool in configs.get_config(stage).data.pools.items() if pool.weight}
-        for stage in configs.QUESTION_STAGES[:3]
+        for stage in configs.QUESTION_STAGES
     ]
-    assert asked == [{"single"}, {"pairs"}, {"points", "scenes", "names"}]
+    assert asked == [
+        {"single"},
+        {"pairs"},
+        {"points", "scenes", "names"},
+        {"single_ways", "scenes", "names"},
+        {"ways", "offsets", "points", "scenes"},
+    ]
 
 
 @pytest.mark.parametrize("variant", ["full", "wo_latent", "wo_fast", "lapa", "wo_vggt"])

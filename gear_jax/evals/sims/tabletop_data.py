@@ -155,6 +155,7 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
     block is from the hand, in whole centimetres along its own axes, and how open the fingers are,
     in tenths; the head camera does not see every hand, so without the state the place could not be
     known. offsets: where every block is from the hand, each name before its way, as in scenes.
+    single_ways: both, of the scenes with one block.
     But for what is said in short, all places open with a bracket, behind a name and behind a
     question alike, so that the bracket learns to look up what was named. The hand is anywhere, at
     any height, open or closed, so that the model has seen what a policy will see. Why each of
@@ -171,8 +172,10 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
     simulator = TabletopSimulator()
     rng, order = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     pools = {
-        kind: [] for kind in ("single", "pairs", "offsets", "ways", "names", "scenes", "points")
-    }
+        kind: []
+        for kind in ("single", "pairs", "single_ways", "offsets", "ways", "names", "scenes",
+                     "points")
+    }  # fmt: skip
     for number in range(total):
         whole = number < num_scenes
         colour = list(COLOURS)[number % len(COLOURS)]
@@ -195,19 +198,22 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
              "points": [pixel], "images": [head]}
             for its, pixel in zip(colours, pixels, strict=True)
         ]  # fmt: skip
+        if num_blocks == 2:
+            pools["pairs"] += [long, short]
+            progress(number + 1)
+            continue
+        wrist = f"images/{number:06d}_wrist.png"
+        _write_image(folder / wrist, shown.images["right_wrist"])
+        ways, offsets = _from_the_hand(simulator, shown, name, [head, wrist], shuffled, order)
         if whole:
             pools["scenes"].append(long)
             pools["names"].append(short)
             pools["points"] += points
-            wrist = f"images/{number:06d}_wrist.png"
-            _write_image(folder / wrist, shown.images["right_wrist"])
-            ways, offsets = _from_the_hand(simulator, shown, name, [head, wrist], shuffled, order)
             pools["ways"] += ways
             pools["offsets"].append(offsets)
-        elif num_blocks == 1:
-            pools["single"] += [long, *points]
         else:
-            pools["pairs"] += [long, short]
+            pools["single"] += [long, *points]
+            pools["single_ways"] += [*ways, offsets]
         progress(number + 1)
     simulator.close()
     for kind, records in pools.items():

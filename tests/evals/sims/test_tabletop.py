@@ -331,8 +331,8 @@ def test_the_chunks_of_demonstrations_lift_the_block_again(prepared, simulator):
 def test_questions_are_records_that_the_pipeline_takes(tmp_path):
     tabletop_data.write_questions(tmp_path, 6)
     pools = [Pool(tmp_path / f"{name}.jsonl") for name in TABLETOP.questions]
-    pool, scenes, names, _, _, ways, offsets = pools
-    assert list(map(len, pools)) == [18, 6, 6, 2, 4, 18, 6]
+    pool, scenes, names, _, _, _, ways, offsets = pools
+    assert list(map(len, pools)) == [18, 6, 6, 2, 4, 2, 18, 6]
     assert not [fault for one in pools for fault in one.check()]
     records = [pool.record(number) for number in range(18)]
     points = np.array([record["points"][0] for record in records])
@@ -389,6 +389,21 @@ def test_scenes_with_fewer_blocks_show_what_is_said_of_them(tmp_path):
             right.append(min(apart, key=apart.get) == colour)
     assert set(said) == {(count, colour) for count in (1, 2) for colour in COLOURS}
     assert np.mean(right) > 0.8
+
+
+def test_the_way_to_the_only_block_is_said_as_among_three(tmp_path):
+    tabletop_data.write_questions(tmp_path, 8)
+    single, ways = (Pool(tmp_path / f"{name}.jsonl") for name in ("single", "single_ways"))
+    assert len(single) == len(ways) == 8
+    for number in range(0, 8, 2):
+        seen, way, offset = single.record(number), ways.record(number), ways.record(number + 1)
+        colour = seen["answer"].split()[0]
+        assert colour in way["question"]
+        said = way["answer"].partition(" open")[0].removeprefix("at ")
+        assert offset["answer"] == f"{colour} block {said}"
+        assert way["images"] == offset["images"]
+        assert way["images"][0] == seen["images"][0]
+        assert way["state"] == offset["state"]
 
 
 def test_a_way_is_where_the_block_is_from_the_hand(tmp_path, simulator, monkeypatch):
