@@ -198,22 +198,20 @@ def write_questions(folder, num_scenes: int, *, seed: int = 0, progress=lambda d
              "points": [pixel], "images": [head]}
             for its, pixel in zip(colours, pixels, strict=True)
         ]  # fmt: skip
-        if num_blocks == 2:
-            pools["pairs"] += [long, short]
-            progress(number + 1)
-            continue
-        wrist = f"images/{number:06d}_wrist.png"
-        _write_image(folder / wrist, shown.images["right_wrist"])
-        ways, offsets = _from_the_hand(simulator, shown, name, [head, wrist], shuffled, order)
         if whole:
             pools["scenes"].append(long)
             pools["names"].append(short)
             pools["points"] += points
-            pools["ways"] += ways
-            pools["offsets"].append(offsets)
-        else:
+        elif num_blocks == 1:
             pools["single"] += [long, *points]
-            pools["single_ways"] += [*ways, offsets]
+        else:
+            pools["pairs"] += [long, short]
+        if num_blocks != 2:
+            wrist = f"images/{number:06d}_wrist.png"
+            _write_image(folder / wrist, shown.images["right_wrist"])
+            ways, offsets = _from_the_hand(simulator, shown, name, [head, wrist], shuffled, order)
+            pools["ways" if whole else "single_ways"] += ways
+            pools["offsets" if whole else "single_ways"].append(offsets)
         progress(number + 1)
     simulator.close()
     for kind, records in pools.items():
