@@ -89,6 +89,15 @@ def test_a_vlm_from_nothing_begins_where_the_stage_before_ended():
     assert begun == [None, *(f"{configs.TABLETOP.root}/{stage}" for stage in stages[:-1])]
 
 
+def test_a_stage_may_begin_with_new_layers_where_it_has_more_than_the_one_before():
+    """Said where there are none, a checkpoint with too few layers would be taken in silence."""
+    configured = [configs.get_config(stage) for stage in (*configs.QUESTION_STAGES, "spatial")]
+    depths = [config.model.language.depth for config in configured]
+    grown = [False, *(one < other for one, other in zip(depths, depths[1:], strict=False))]
+    assert [config.init.deeper for config in configured] == grown
+    assert sum(grown) == 1
+
+
 def test_names_and_ways_are_learned_of_few_blocks_first():
     asked = [
         {name for name, pool in configs.get_config(stage).data.pools.items() if pool.weight}
