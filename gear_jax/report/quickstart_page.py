@@ -31,8 +31,10 @@ _NOTES = {
     "of the task, not the one that the instruction names.",
     "replay": "A replayed demonstration does not look: its own initial state was another.",
 }
-# What is drawn of each stage: keys of metrics.jsonl, and held-out ones beside them.
+# What is drawn of each stage that ran: keys of metrics.jsonl, and held-out ones beside them.
 _CURVES = {
+    **dict.fromkeys(("single", "pairs", "vlm", "single_ways", "ways"), ("text",)),
+    "spatial": ("text", "fast", "held_out/fast"),
     "latents": ("reconstruction", "held_out/reconstruction"),
     "pretrain": ("text", "latent", "fast", "held_out/latent", "held_out/fast"),
     "policy": ("flow", "held_out/flow", "held_out/flow_predicted"),
@@ -52,7 +54,7 @@ def write(
     Args:
         run: folder of the quickstart.
         found: {evaluation: count} as `evals/statistics.py` counts.
-        seconds: {step: seconds}.
+        seconds: {step: seconds} of the steps that ran; those that train have their curves drawn.
         title: of the page.
         note: what is to be said of its numbers.
     """
@@ -65,7 +67,11 @@ def write(
         "<h2>Episodes</h2>",
         *_films(run / "eval" / "named" / "videos"),
         "<h2>Training</h2>",
-        *(_curve(run / stage / "metrics.jsonl", stage, keys) for stage, keys in _CURVES.items()),
+        *(
+            _curve(run / stage / "metrics.jsonl", stage, keys)
+            for stage, keys in _CURVES.items()
+            if stage in seconds
+        ),
         "<h2>What it cost</h2>",
         _cost(seconds),
         "<h2>More</h2>",
@@ -124,7 +130,7 @@ def _curve(path, stage, keys):
 def _number(value, place):
     """Label of a logarithmic axis: 0.03, 0.1, 2; nothing where labels would touch."""
     del place
-    return f"{value:g}" if f"{value:.0e}"[0] in "1247" else ""
+    return f"{value:g}" if f"{value:.0e}"[0] in "12357" else ""
 
 
 def _cost(seconds):

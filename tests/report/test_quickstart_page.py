@@ -34,10 +34,20 @@ def test_the_report_shows_success_beside_its_floors_films_curves_and_costs(run):
     assert "told of another block</th>" in page
     assert page.count("the trained policy should fail") == 1
     assert "data:video/mp4;base64,ZmlsbQ==" in page
-    assert page.count("data:image/png;base64,") == 5  # success, three curves, costs
+    assert page.count("data:image/png;base64,") == 4  # success, two curves, costs
     assert "of boxes &amp; belongs in no table" in page
     assert "<title>A toy</title>" in page
     assert [path.name for path in written] == list(found)
+
+
+def test_a_vlm_trained_from_scratch_has_its_curves_too(run):
+    folder, _ = run
+    (folder / "ways").mkdir()
+    (folder / "ways/metrics.jsonl").write_text('{"step": 1, "text": 2.0}\n{"step": 2, "text": 1}\n')
+    quickstart_page.write(folder, {"named": COUNT}, {"ways": 1.0, "policy": 2.0}, **WORDS)
+    page = (folder / "report.html").read_text()
+    assert page.index('alt="losses of ways"') < page.index('alt="losses of policy"')
+    assert 'alt="losses of pretrain"' not in page
 
 
 def test_a_run_without_films_says_so(run):
