@@ -131,6 +131,14 @@ def test_the_writer_is_read_by_tfds_without_tensorflow(tfrecord):
     index.verify()
 
 
+def test_the_same_episodes_are_the_same_bytes(tfrecord):
+    index = RldsSource(tfrecord).index
+    for shard, _, offset, length in index.episodes.tolist():
+        payload = index.shards[shard].read_bytes()[offset : offset + length]
+        places = [payload.index(key.encode()) for key in sorted(COLUMNS)]
+        assert places == sorted(places)  # keys in an order that no process chose for itself
+
+
 def test_the_writer_equals_tensorflows_reader_where_it_is_installed(tfrecord):
     tf = pytest.importorskip("tensorflow")
     source = RldsSource(tfrecord)
