@@ -1,7 +1,9 @@
 import json
+import re
 
 import pytest
 
+from configs.quickstart import STAGES
 from gear_jax.report import eval_page, quickstart_page
 
 WORDS = {"title": "A toy", "note": "of boxes & belongs in no table"}
@@ -27,27 +29,30 @@ def run(tmp_path, monkeypatch):
 def test_the_report_shows_success_beside_its_floors_films_curves_and_costs(run):
     folder, written = run
     found = dict.fromkeys(("named", "other", "untrained", "replay"), COUNT)
-    quickstart_page.write(folder, found, {"latents": 61.0, "policy": 300.5}, **WORDS)
+    seconds = {"latents": 61.0, "pretrain": 170.0, "policy": 300.5}
+    quickstart_page.write(folder, found, seconds, **WORDS)
     page = (folder / "report.html").read_text()
     assert page.count("8 of 10 = 80 % (95 %: 49 .. 94)") == 4
     assert '<figcaption class="bad">pick_red-0003-failure' in page
     assert "told of another block</th>" in page
     assert page.count("the trained policy should fail") == 1
     assert "data:video/mp4;base64,ZmlsbQ==" in page
-    assert page.count("data:image/png;base64,") == 4  # success, two curves, costs
+    assert page.count("data:image/png;base64,") == 5  # success, three curves, costs
     assert "of boxes &amp; belongs in no table" in page
     assert "<title>A toy</title>" in page
     assert [path.name for path in written] == list(found)
 
 
-def test_a_vlm_trained_from_scratch_has_its_curves_too(run):
+def test_every_stage_that_ran_has_its_curve_and_no_other(run):
     folder, _ = run
-    (folder / "ways").mkdir()
-    (folder / "ways/metrics.jsonl").write_text('{"step": 1, "text": 2.0}\n{"step": 2, "text": 1}\n')
-    quickstart_page.write(folder, {"named": COUNT}, {"ways": 1.0, "policy": 2.0}, **WORDS)
-    page = (folder / "report.html").read_text()
-    assert page.index('alt="losses of ways"') < page.index('alt="losses of policy"')
-    assert 'alt="losses of pretrain"' not in page
+    for stage in STAGES:
+        (folder / stage).mkdir(exist_ok=True)
+        rows = '{"step": 1, "text": 2, "reconstruction": 2, "flow": 2}\n'
+        (folder / stage / "metrics.jsonl").write_text(rows)
+    for ran in (STAGES, STAGES[-2:]):
+        quickstart_page.write(folder, {"named": COUNT}, dict.fromkeys(ran, 1.0), **WORDS)
+        drawn = re.findall('alt="losses of ([a-z_]+)"', (folder / "report.html").read_text())
+        assert drawn == list(ran)
 
 
 def test_a_run_without_films_says_so(run):
