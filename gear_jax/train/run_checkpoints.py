@@ -23,6 +23,7 @@ _BIN, _STATE, _META = ".trash", "state", "meta"
 _SPARE = 1.2  # of a state's bytes must be free before it is written
 _TRIES = 5  # of a reader, where a trainer deletes what it reads
 _SEAL_SECONDS = 1.0  # until it looks again, where the only step has no digests yet
+_QUIET_SECONDS, _CLEAR_SECONDS = 1.0, 10.0  # nothing of a failed save came back; at most this long
 
 
 class NoCheckpointError(Exception):
@@ -198,7 +199,7 @@ class RunCheckpoints:
         """Remove what a failed save left, so that it does not keep a full disk full."""
         free = self._free()
         if self._leads:
-            self._clear(step)
+            self._clear_failed(step)
         needed = int(_SPARE * self._bytes)
         said = str(error)
         if len(said) > 700:  # Orbax names long paths first and the reason last
@@ -219,10 +220,26 @@ class RunCheckpoints:
         folder = next(one for one in (self.directory, *self.directory.parents) if one.exists())
         return shutil.disk_usage(folder).free
 
-    def _clear(self, step) -> None:
-        """Remove what a save that never ended left of a step."""
-        for left in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+    def _clear_failed(self, step: int) -> None:
+        """Remove a failed save's files, and those that its other writers still add.
+
+        Orbax says that one file failed while TensorStore goes on with the rest in its own threads,
+        which also make the directory anew. Nobody can wait for them.
+        """
+        begun = quiet_since = time.monotonic()
+        while (now := time.monotonic()) - quiet_since < _QUIET_SECONDS:
+            if now - begun > _CLEAR_SECONDS:
+                return  # a disk that is read-only keeps it; the next trainer clears it
+            if self._clear(step):
+                quiet_since = now
+            time.sleep(0.02)
+
+    def _clear(self, step) -> bool:
+        """Remove what a save that never ended left of a step; whether anything was there."""
+        found = list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+        for left in found:
             shutil.rmtree(left, ignore_errors=True)
+        return bool(found)
 
     def _empty_bin(self) -> None:
         for left in (self.directory / _BIN).glob("*"):

@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +165,36 @@ def test_a_disk_without_room_is_found_out_before_anything_is_written(tmp_path, m
     monkeypatch.undo()
     checkpoints.save(2, STATE, {})
     checkpoints.finish(2)
+    checkpoints.close()
+
+
+def test_what_other_writers_add_after_a_save_has_failed_is_removed_too(tmp_path, monkeypatch):
+    checkpoints = RunCheckpoints(tmp_path)
+    folder = tmp_path / "2.orbax-checkpoint-tmp" / "state" / "d"
+
+    def go_on_writing():  # as TensorStore's threads do: a directory that is gone is made anew
+        for number in range(60):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / str(number)).write_bytes(bytes(1000))
+            except OSError:
+                continue  # it was removed meanwhile
+            time.sleep(0.005)
+
+    writer = threading.Thread(target=go_on_writing)
+
+    def fail(*args, **kwargs):
+        writer.start()
+        while not folder.exists():
+            time.sleep(0.001)
+        raise OSError("File too large")
+
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    with pytest.raises(SaveError, match="2: could not be saved: File too large; "):
+        checkpoints.save(2, STATE, {})
+    writer.join()
+    assert not list(tmp_path.glob("*tmp*"))
+    monkeypatch.undo()
     checkpoints.close()
 
 
